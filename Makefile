@@ -1,0 +1,57 @@
+# Needs Python >= 3.11 and make; everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev demo test test-extra check format bench clean
+
+help:
+	@echo "make install     .venv with the tool at .venv/bin/unet-surgery"
+	@echo "make demo        prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
+	@echo "make test        the tests"
+	@echo "make check       lint, types, import contracts"
+	@echo "make bench       the measurements that the README quotes"
+
+.venv/.tool: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch]"
+	touch $@
+
+.venv/.dev: .venv/.tool
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch,dev]"
+	touch $@
+
+install: .venv/.tool
+
+dev: .venv/.dev
+
+demo: .venv/.tool
+	$(BIN)/unet-surgery plan --recipe bk_tiny --teacher sd-v1-random
+	$(BIN)/unet-surgery prune --recipe bk_tiny --teacher sd-v1-random --out $(DEMO) --force
+	$(BIN)/unet-surgery check $(DEMO) --teacher sd-v1-random
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "not extra"
+
+test-extra: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -rs
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/planning.py
+	$(BIN)/python benchmarks/pruning.py
+
+clean:
+	rm -rf .venv $(DEMO)

@@ -1,0 +1,73 @@
+"""unet-surgery: make Stable Diffusion U-Nets smaller by taking blocks out, declaratively.
+
+    import unet_surgery as us
+
+    plan = us.plan("bk_tiny", "tiny-random")     # decide; nothing is written
+    result = us.prune("bk_tiny", "tiny-random")  # write the student
+    us.check(result.folder, "tiny-random")       # every byte is the teacher's
+    us.verify(result.folder)                     # diffusers loads and runs it (needs torch)
+
+Names are loaded when they are first used, so importing this package costs nothing and never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from unet_surgery.api import ModelReport, PruneResult, check, inspect_model, plan, prune
+    from unet_surgery.checkpoint.check import CheckReport
+    from unet_surgery.errors import SurgeryError
+    from unet_surgery.lower import SurgeryPlan
+    from unet_surgery.recipe import Recipe, load_recipe
+    from unet_surgery.runtime import VerifyReport, load_unet, verify
+
+_HOMES = {
+    "CheckReport": "unet_surgery.checkpoint.check",
+    "ModelReport": "unet_surgery.api",
+    "PruneResult": "unet_surgery.api",
+    "Recipe": "unet_surgery.recipe",
+    "SurgeryError": "unet_surgery.errors",
+    "SurgeryPlan": "unet_surgery.lower",
+    "VerifyReport": "unet_surgery.runtime",
+    "check": "unet_surgery.api",
+    "inspect_model": "unet_surgery.api",
+    "load_recipe": "unet_surgery.recipe",
+    "load_unet": "unet_surgery.runtime",
+    "plan": "unet_surgery.api",
+    "prune": "unet_surgery.api",
+    "verify": "unet_surgery.runtime",
+}
+
+__all__ = [
+    "CheckReport",
+    "ModelReport",
+    "PruneResult",
+    "Recipe",
+    "SurgeryError",
+    "SurgeryPlan",
+    "VerifyReport",
+    "__version__",
+    "check",
+    "inspect_model",
+    "load_recipe",
+    "load_unet",
+    "plan",
+    "prune",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,193 @@
+"""Every call that changes a file goes through this module, so that one shim can fail each of them in tests.
+
+Loops honour short counts (EINTR is retried by Python itself, PEP 475). Modes are left to the umask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = [
+    "copy_file",
+    "copy_range",
+    "create",
+    "exchange",
+    "free_bytes",
+    "fsync",
+    "fsync_folder",
+    "hard_link",
+    "make_folder",
+    "remove_file",
+    "remove_tree",
+    "rename_new",
+    "write",
+]
+
+CHUNK_BYTES = 64 << 20
+BUFFER_BYTES = 1 << 20
+FICLONE = 0x40049409
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+AT_FDCWD = -100
+
+# What says "this file system or kernel can't do that here", not "that failed".
+UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+    errno.ETXTBSY,
+}
+
+OnBytes = Callable[[int], None]
+
+
+def _ignore(_: int) -> None:
+    pass
+
+
+def create(path: Path) -> int:
+    """Create ``path``, which must not exist, and return a descriptor open for writing."""
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+
+
+def write(fd: int, data: bytes | memoryview) -> None:
+    """Write all of ``data``."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def fsync(fd: int) -> None:
+    """Force a file's bytes to the disk."""
+    os.fsync(fd)
+
+
+def fsync_folder(path: Path) -> None:
+    """Force a folder's entries to the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def copy_range(source_fd: int, offset: int, length: int, target_fd: int, on_bytes: OnBytes = _ignore) -> None:
+    """Append ``length`` bytes of ``source_fd`` from ``offset`` to ``target_fd``, in the kernel where it can.
+
+    Raises:
+        EOFError: the source ends early.
+    """
+    while length:
+        try:
+            count = os.copy_file_range(source_fd, target_fd, min(length, CHUNK_BYTES), offset)
+        except AttributeError:
+            break
+        except OSError as error:
+            if error.errno in UNSUPPORTED:
+                break
+            raise
+        if count == 0:
+            raise EOFError
+        offset, length = offset + count, length - count
+        on_bytes(count)
+    while length:
+        data = os.pread(source_fd, min(length, BUFFER_BYTES), offset)
+        if not data:
+            raise EOFError
+        write(target_fd, data)
+        offset, length = offset + len(data), length - len(data)
+        on_bytes(len(data))
+
+
+def copy_file(source: Path, target: Path, on_bytes: OnBytes = _ignore) -> None:
+    """Copy a file byte for byte and force it to disk; shares its blocks where the file system can (reflink)."""
+    source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target_fd = create(target)
+        try:
+            size = os.fstat(source_fd).st_size
+            try:
+                fcntl.ioctl(target_fd, FICLONE, source_fd)
+                on_bytes(size)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                copy_range(source_fd, 0, size, target_fd, on_bytes)
+            fsync(target_fd)
+        finally:
+            os.close(target_fd)
+    finally:
+        os.close(source_fd)
+
+
+def hard_link(source: Path, target: Path) -> None:
+    """Give the file behind ``source`` a second name; ``source`` may be a symbolic link to it."""
+    os.link(os.path.realpath(source), target)
+
+
+def make_folder(path: Path) -> None:
+    """Create one folder."""
+    path.mkdir()
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``, atomically.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+    """
+    try:
+        _renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        source.rename(target)
+
+
+def exchange(source: Path, target: Path) -> bool:
+    """Swap the two names atomically; False where the system cannot (nothing has happened then)."""
+    try:
+        _renameat2(source, target, RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all in it; nothing is done where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def remove_file(path: Path) -> None:
+    """Remove one file or link."""
+    path.unlink()
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes may still be written to the file system of ``folder``."""
+    return shutil.disk_usage(folder).free
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(source), None, str(target))

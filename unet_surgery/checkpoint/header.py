@@ -1,0 +1,207 @@
+"""The safetensors container: reading, checking and writing its header.
+
+A file is 8 bytes (little-endian length of the header), the header (a JSON object, padded with spaces), and the
+tensors' bytes. The header maps each name to dtype, shape and data_offsets [begin, end) behind the header, and
+``__metadata__`` to an object of strings. Here a file is valid only if its tensors cover the data exactly: no
+hole, no overlap, nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from unet_surgery.checkpoint.jsonfile import parse_object
+from unet_surgery.errors import ContainerError, printable
+
+__all__ = ["DTYPE_BITS", "DTYPE_ORDER", "Header", "TensorInfo", "encode_header", "read_header"]
+
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSOR_NAME = 512
+
+# In the reference implementation's order, which is the order it sorts by when it writes.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPE_BITS)}
+
+NOT_SAFETENSORS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle"),
+    (b"\x80", "a pickle"),
+    (b"version https://git-lfs", "a Git LFS pointer: the weights themselves were not downloaded"),
+    (b"<", "an HTML or XML page: probably an error page saved as weights"),
+    (b"GGUF", "a GGUF file"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor's dtype, shape and place in the file: ``num_bytes`` from ``offset``, counted from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header; ``sha256`` is of the file's first bytes up to the data, so it identifies names and layout."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    file_bytes: int
+    data_start: int
+    sha256: str
+
+
+def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Read and check the header of the file open at ``fd``; ``name`` is what errors call it.
+
+    Raises:
+        ContainerError: the file is not a valid safetensors file; says what is wrong with which tensor.
+    """
+    file_bytes = os.fstat(fd).st_size
+    prefix = os.pread(fd, 64, 0)
+    for magic, what in NOT_SAFETENSORS:
+        if prefix.lstrip()[: len(magic)] == magic and not _plausible_length(prefix, file_bytes):
+            raise ContainerError(
+                "this is not a safetensors file",
+                where=name,
+                found=what,
+                hint="download or convert the safetensors weights; pickles are never opened",
+            )
+    if len(prefix) < 8:
+        raise ContainerError(
+            "the file is too short for a safetensors file", where=name, expected="8 bytes or more", found=f"{file_bytes}"
+        )
+    length = int.from_bytes(prefix[:8], "little")
+    if length > file_bytes - 8:
+        raise ContainerError(
+            "the file is cut short, or not a safetensors file",
+            where=name,
+            expected=f"a header of {length} bytes, as its first 8 bytes say",
+            found=f"{file_bytes - 8} bytes behind them",
+            hint="download it again",
+        )
+    if length > max_bytes:
+        raise ContainerError(
+            "the header is implausibly large", where=name, expected=f"at most {max_bytes} bytes", found=f"{length}"
+        )
+    raw = os.pread(fd, length, 8)
+    if not raw.startswith(b"{"):
+        raise ContainerError("the header is not a JSON object", where=name, expected="{", found=printable(raw[:8]))
+    try:
+        entries = parse_object(raw)
+    except ValueError as error:
+        raise ContainerError("the header is not valid JSON", where=name, found=printable(str(error))) from error
+    data_start = 8 + length
+    metadata = _metadata(entries.pop("__metadata__", {}), name)
+    tensors = {key: _tensor(key, entry, data_start, name) for key, entry in entries.items()}
+    _check_cover(tensors, data_start, file_bytes, name)
+    digest = hashlib.sha256(prefix[:8] + raw).hexdigest()
+    return Header(tensors, metadata, file_bytes, data_start, digest)
+
+
+def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return length prefix and header for ``tensors`` (name, dtype, shape), laid out in the given order.
+
+    Given in the reference implementation's order these are the bytes that it writes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + prod(shape) * DTYPE_BITS[dtype] // 8
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _plausible_length(prefix: bytes, file_bytes: int) -> bool:
+    return len(prefix) >= 9 and int.from_bytes(prefix[:8], "little") <= file_bytes - 8 and prefix[8:9] == b"{"
+
+
+def _metadata(value: Any, file: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ContainerError("the header's __metadata__ is not an object of strings", where=file, found=printable(value))
+    return value
+
+
+def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
+    where = f"{file}, tensor {printable(name)}"
+    if not 0 < len(name) <= MAX_TENSOR_NAME or not name.isprintable():
+        raise ContainerError("a tensor has an impossible name", where=where, expected="1 to 512 printable characters")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ContainerError(
+            "a tensor's entry is malformed",
+            where=where,
+            expected="dtype, shape and data_offsets",
+            found=printable(sorted(entry) if isinstance(entry, dict) else entry),
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ContainerError("a tensor has an unknown dtype", where=where, found=printable(dtype))
+    if not _all_naturals(shape):
+        raise ContainerError("a tensor has an impossible shape", where=where, found=printable(shape))
+    if not _all_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ContainerError("a tensor has impossible data_offsets", where=where, found=printable(offsets))
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise ContainerError(
+            "a tensor's shape and its bytes disagree",
+            where=where,
+            expected=f"{bits / 8:g} bytes for {dtype} {shape}",
+            found=f"{offsets[1] - offsets[0]} bytes",
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+
+
+def _all_naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def _check_cover(tensors: Mapping[str, TensorInfo], data_start: int, file_bytes: int, file: str) -> None:
+    position = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if info.offset != position:
+            raise ContainerError(
+                "the tensors " + ("overlap" if info.offset < position else "leave a hole"),
+                where=f"{file}, tensor {printable(name)}",
+                expected=f"data from byte {position - data_start}",
+                found=f"from {info.offset - data_start}",
+            )
+        position += info.num_bytes
+    if position != file_bytes:
+        raise ContainerError(
+            "the file is cut short" if position > file_bytes else "there are bytes behind the last tensor",
+            where=file,
+            expected=f"{position} bytes",
+            found=f"{file_bytes} bytes",
+            hint="download it again" if position > file_bytes else None,
+        )

@@ -1,0 +1,152 @@
+"""A folder that appears whole or not at all.
+
+Everything is written into a sibling, ``.NAME.unet-surgery``, which is locked while a process works in it;
+one rename puts it in place. A sibling left by a process that died is cleared by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+
+from unet_surgery.checkpoint import disk
+from unet_surgery.errors import OutputError
+
+__all__ = ["Staging"]
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".unet-surgery"
+
+
+class Staging:
+    """A context manager: write below ``folder``, then :meth:`commit`; anything else leaves nothing behind.
+
+    Raises:
+        OutputError: the target exists (without ``force``), cannot be created, or another process is writing it.
+    """
+
+    def __init__(self, target: Path, *, force: bool = False) -> None:
+        self.target = target
+        self.force = force
+        self.folder = target.parent / f".{target.name}{SUFFIX}"
+        self._lock_fd: int | None = None
+
+    def __enter__(self) -> Staging:
+        self._check_target()
+        try:
+            self._make_folder()
+        except OSError as error:
+            raise OutputError(
+                "the output folder cannot be made", where=str(self.target), found=error.strerror or str(error)
+            ) from error
+        return self
+
+    def commit(self) -> None:
+        """Force the staged folders to disk and put the whole in place."""
+        for root, _, _ in os.walk(self.folder, topdown=False):
+            disk.fsync_folder(Path(root))
+        if self.force and os.path.lexists(self.target):
+            self._check_target()
+            self._replace()
+        else:
+            try:
+                disk.rename_new(self.folder, self.target)
+            except FileExistsError:
+                raise OutputError(
+                    "the output appeared while it was being written",
+                    where=str(self.target),
+                    hint="choose another --out, or --force to replace it",
+                ) from None
+        disk.fsync_folder(self.target.parent)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            # After a commit without --force there is nothing here any more; after an exchange, what was replaced.
+            disk.remove_tree(self.folder)
+        finally:
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(
+                "the output could not be written; nothing was left at its path",
+                where=str(self.target),
+                found=error.strerror or str(error),
+            ) from error
+
+    def _check_target(self) -> None:
+        target = self.target
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise OutputError(
+                "the output path is a link or a file",
+                where=str(target),
+                expected="a folder, or nothing",
+                hint="choose another --out",
+            )
+        if target.exists() and not self.force:
+            raise OutputError(
+                "the output folder exists", where=str(target), hint="choose another --out, or --force to replace it"
+            )
+        if target.exists() and any(target.iterdir()) and not (target / "plan.json").is_file():
+            raise OutputError(
+                "--force replaces students only, and this folder holds no plan.json",
+                where=str(target),
+                hint="move it away yourself, or choose another --out",
+            )
+        if not target.parent.is_dir():
+            raise OutputError(
+                "the folder that should hold the output does not exist",
+                where=str(target.parent),
+                hint=f"mkdir -p {target.parent}",
+            )
+
+    def _make_folder(self) -> None:
+        """Make the staging folder and lock it; clear a dead run's, refuse a living one's."""
+        while self._lock_fd is None:
+            with contextlib.suppress(FileExistsError):
+                disk.make_folder(self.folder)
+            try:
+                fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # its owner finished just now
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(fd)
+                raise OutputError(
+                    "another process is writing this output",
+                    where=str(self.target),
+                    found=f"{self.folder.name} is locked",
+                    hint="wait for it, or choose another --out",
+                ) from error
+            if self._still_ours(fd):
+                self._lock_fd = fd
+            else:
+                os.close(fd)
+        leftovers = list(self.folder.iterdir())
+        if leftovers:
+            log.warning("clearing what an interrupted run left in %s", self.folder.name)
+            for entry in leftovers:
+                disk.remove_tree(entry) if entry.is_dir() else disk.remove_file(entry)
+
+    def _still_ours(self, fd: int) -> bool:
+        """True if the locked folder still has the staging name: its owner may have renamed it before letting go."""
+        try:
+            named = os.stat(self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(named, os.fstat(fd))
+
+    def _replace(self) -> None:
+        if disk.exchange(self.folder, self.target):
+            return
+        log.warning("this file system cannot swap folders: replacing %s is not atomic", self.target.name)
+        aside = self.target.parent / f".{self.target.name}.replaced{SUFFIX}"
+        disk.remove_tree(aside)
+        disk.rename_new(self.target, aside)
+        disk.rename_new(self.folder, self.target)
+        disk.remove_tree(aside)

@@ -1,0 +1,161 @@
+"""The exception tree: every error a caller can meet, and the exit code the command line gives it.
+
+    SurgeryError                    1   the job failed
+    ├── UsageError                  2   an argument has a wrong value
+    ├── RecipeError                 2   a recipe file or name is wrong
+    │   ├── SelectorError           2   a selector has a bad form, or names nothing in this teacher
+    │   ├── FamilyError             2   the recipe is not for this kind of U-Net
+    │   └── InexpressibleError      2   stock diffusers has no config for the student
+    ├── TeacherError                3   the teacher cannot be used
+    │   ├── ConfigError             3   a key of config.json is missing, wrong or not modelled
+    │   ├── ContainerError          3   a safetensors file is damaged or something else
+    │   └── WeightsMismatchError    3   tensors contradict config.json
+    ├── OutputError                 4   the output cannot be written
+    ├── HubError                    5   the Hugging Face Hub cannot be reached or refuses
+    ├── VerificationError           6   a student is not what its plan says
+    └── MissingExtraError           1   an optional dependency is not installed
+
+Every error answers the same questions: *what* went wrong, *where*, what was *expected*, what was
+*found*, and what to do next (*hint*). They are fields, so a caller can act on them, and ``str(error)``
+is the message the command line shows.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "ContainerError",
+    "FamilyError",
+    "HubError",
+    "InexpressibleError",
+    "MissingExtraError",
+    "OutputError",
+    "RecipeError",
+    "SelectorError",
+    "SurgeryError",
+    "TeacherError",
+    "UsageError",
+    "VerificationError",
+    "WeightsMismatchError",
+    "printable",
+]
+
+MAX_QUOTED_CHARS = 200
+
+
+def printable(value: object) -> str:
+    """Return ``value`` as one line that is safe to print: control characters escaped, 200 characters at most."""
+    text = value if isinstance(value, str) else repr(value)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 1] + "…"
+
+
+class SurgeryError(Exception):
+    """Something the user can understand and act on; see the module's docstring for the tree."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, value in (
+            ("where", self.where),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("try", self.hint),
+        ):
+            if value is not None:
+                lines.append(f"  {label + ':':<10}{value}")
+        return "\n".join(lines)
+
+    def at(self, where: str) -> SurgeryError:
+        """Fill in ``where`` if it is still empty and return the error itself, ready to be raised again."""
+        if self.where is None:
+            self.where = where
+        return self
+
+
+class UsageError(SurgeryError):
+    """An argument has a value that it cannot have."""
+
+    exit_code = 2
+
+
+class RecipeError(SurgeryError):
+    """A recipe file cannot be read, or says something that makes no sense."""
+
+    exit_code = 2
+
+
+class SelectorError(RecipeError):
+    """A selector has a bad form, or names nothing in this teacher."""
+
+
+class FamilyError(RecipeError):
+    """A recipe was used on a kind of U-Net that it is not for."""
+
+
+class InexpressibleError(RecipeError):
+    """No config of stock ``UNet2DConditionModel`` describes the student that the recipe asks for.
+
+    ``about`` holds the teacher's module paths that the refusal is about, the likeliest culprit first.
+    """
+
+    def __init__(self, what: str, *, about: tuple[str, ...] = (), **fields: str | None) -> None:
+        super().__init__(what, **fields)
+        self.about = about
+
+
+class TeacherError(SurgeryError):
+    """The teacher cannot be found or used."""
+
+    exit_code = 3
+
+
+class ConfigError(TeacherError):
+    """A key of the U-Net's config.json is missing, has a wrong value, or holds what is not modelled."""
+
+
+class ContainerError(TeacherError):
+    """A file is not the safetensors file that it should be."""
+
+
+class WeightsMismatchError(TeacherError):
+    """The tensors of the weights contradict config.json."""
+
+
+class OutputError(SurgeryError):
+    """The output cannot be written; nothing was left at its path."""
+
+    exit_code = 4
+
+
+class HubError(SurgeryError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+    exit_code = 5
+
+
+class VerificationError(SurgeryError):
+    """A student folder is not what its plan says."""
+
+    exit_code = 6
+
+
+class MissingExtraError(SurgeryError):
+    """A command needs an optional dependency that is not installed."""

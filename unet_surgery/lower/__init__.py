@@ -1,0 +1,43 @@
+"""From a graph to what it means on disk: student config, weight map, feature map, costs, and the plan of them all.
+
+Pure values and functions, like :mod:`unet_surgery.graph`.
+"""
+
+from unet_surgery.lower.config import lower_config
+from unet_surgery.lower.counts import Counts, count, count_modules, part_of
+from unet_surgery.lower.features import FeatureMap, FeaturePair, Tap, feature_map
+from unet_surgery.lower.make import BYTES_PER_PARAM, make_plan
+from unet_surgery.lower.modules import CONTEXT_TOKENS, Module, Placed, Tensor, modules
+from unet_surgery.lower.plan import Bypassed, ConfigChange, Part, StoredFile, StoredWeights, SurgeryPlan
+from unet_surgery.lower.skips import ChangedSkip, changed_skips
+from unet_surgery.lower.weights import shapes_of, unused_tensors, weight_map
+
+__all__ = [
+    "BYTES_PER_PARAM",
+    "CONTEXT_TOKENS",
+    "Bypassed",
+    "ChangedSkip",
+    "ConfigChange",
+    "Counts",
+    "FeatureMap",
+    "FeaturePair",
+    "Module",
+    "Part",
+    "Placed",
+    "StoredFile",
+    "StoredWeights",
+    "SurgeryPlan",
+    "Tap",
+    "Tensor",
+    "changed_skips",
+    "count",
+    "count_modules",
+    "feature_map",
+    "lower_config",
+    "make_plan",
+    "modules",
+    "part_of",
+    "shapes_of",
+    "unused_tensors",
+    "weight_map",
+]

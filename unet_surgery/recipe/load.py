@@ -1,0 +1,177 @@
+"""Loading recipes: built-in names and files, ``extends`` followed, every removal knowing its line."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from unet_surgery.errors import RecipeError, SurgeryError, printable
+from unet_surgery.graph import FAMILIES, Selection, UNetGraph, resolve
+from unet_surgery.recipe.schema import Recipe
+from unet_surgery.recipe.yamlfile import LocatedData, parse_yaml
+
+__all__ = ["builtin_names", "builtin_text", "find_recipe", "load_recipe", "read_recipe_file", "select"]
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Return the built-in recipe of this name, or the one in this YAML file, with ``extends`` followed.
+
+    The result has no ``extends``: its ``remove`` is the union, bases first.
+
+    Raises:
+        RecipeError: no such recipe or file, wrong YAML, a wrong key or value (with line, column and the
+            nearest valid spelling), or recipes that extend each other in a circle.
+    """
+    return _follow(find_recipe(name_or_path), ())
+
+
+def builtin_names() -> list[str]:
+    """Return the names of the built-in recipes, sorted."""
+    return sorted(path.stem for path in _builtin_folder().iterdir() if path.suffix in SUFFIXES)
+
+
+def builtin_text(name: str) -> str:
+    """Return the YAML of a built-in recipe as it was written."""
+    return find_recipe(name).read_text("utf-8")
+
+
+def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Path:
+    """Return the file of a built-in recipe or of a path; a path is what has a separator or ends in .yaml."""
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.endswith(SUFFIXES):
+        path = Path(text).expanduser()
+        if relative_to is not None and not path.is_absolute():
+            path = relative_to / path
+        if not path.is_file():
+            raise RecipeError(
+                f"there is no recipe file {printable(text)}",
+                hint="built-in recipes are named without .yaml: " + ", ".join(builtin_names()),
+            )
+        return path
+    path = _builtin_folder() / f"{text}.yaml"
+    if text not in builtin_names():
+        close = get_close_matches(text, builtin_names(), n=1)
+        raise RecipeError(
+            f"there is no built-in recipe {printable(text)!r}",
+            expected=", ".join(builtin_names()),
+            hint=f"did you mean {close[0]!r}?" if close else "give a path ending in .yaml for a file of your own",
+        )
+    return path
+
+
+def read_recipe_file(path: Path) -> tuple[Recipe, LocatedData]:
+    """Return one file's recipe as it is written, ``extends`` not followed, and where its values stand."""
+    shown = f"recipes/{path.name}" if path.parent == _builtin_folder() else str(path)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError("the recipe file cannot be read as UTF-8 text", where=shown, found=str(error)) from error
+    located = parse_yaml(text, shown)
+    try:
+        return Recipe.model_validate(located.data), located
+    except ValidationError as error:
+        raise _explained(error, located) from error
+
+
+def select(recipe: Recipe, graph: UNetGraph) -> Selection:
+    """Resolve the recipe's selectors against ``graph``.
+
+    Raises:
+        SelectorError: a selector names nothing here; ``where`` is its file and line.
+    """
+    nodes: dict[str, str] = {}
+    skipped = []
+    for i, selector in enumerate(recipe.remove):
+        try:
+            part = resolve(graph, [selector])
+        except SurgeryError as error:
+            raise error.at(recipe.origin(i)) from None
+        for path, text in part.nodes.items():
+            nodes.setdefault(path, text)
+        skipped.extend(part.skipped)
+    return Selection(nodes, tuple(skipped))
+
+
+def _builtin_folder() -> Path:
+    """The wheel ships the recipes inside the package; a checkout has them beside it."""
+    package = Path(str(importlib.resources.files("unet_surgery")))
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def _follow(path: Path, above: tuple[Path, ...]) -> Recipe:
+    path = path.resolve()
+    recipe, located = read_recipe_file(path)
+    if path in above:
+        circle = " → ".join(p.name for p in (*above[above.index(path) :], path))
+        raise RecipeError("recipes extend each other in a circle", where=located.where(("extends",)), found=circle)
+    bases = []
+    for i, base in enumerate(recipe.extends):
+        try:
+            bases.append(_follow(find_recipe(base, relative_to=path.parent), (*above, path)))
+        except RecipeError as error:
+            raise error.at(located.where(("extends", i))) from None
+    return _union(recipe, located, bases)
+
+
+def _union(recipe: Recipe, located: LocatedData, bases: Sequence[Recipe]) -> Recipe:
+    removals: dict[str, str] = {}
+    for base in bases:
+        for i, selector in enumerate(base.remove):
+            removals.setdefault(selector, base.origin(i))
+    for i, selector in enumerate(recipe.remove):
+        removals.setdefault(selector, located.where(("remove", i)))
+    given = recipe.model_fields_set
+    inherited: dict[str, Any] = {"extends": (), "remove": tuple(removals)}
+    if "teacher" not in given:
+        inherited["teacher"] = next((base.teacher for base in bases if base.teacher), None)
+    if "families" not in given:
+        inherited["families"] = _common_families(bases, located)
+    if "allow_skip_change" not in given:
+        inherited["allow_skip_change"] = any(base.allow_skip_change for base in bases)
+    result = recipe.model_copy(update=inherited)
+    result._origins = tuple(removals.values())
+    return result
+
+
+def _common_families(bases: Sequence[Recipe], located: LocatedData) -> tuple[str, ...] | None:
+    limits = [set(base.families) for base in bases if base.families is not None]
+    if not limits:
+        return None
+    common = tuple(family for family in FAMILIES if all(family in limit for limit in limits))
+    if not common:
+        raise RecipeError(
+            "the extended recipes have no family in common",
+            where=located.where(("extends",)),
+            found="; ".join(f"{base.name}: {', '.join(base.families or FAMILIES)}" for base in bases),
+            hint="write families: if you know that all of them resolve",
+        )
+    return common
+
+
+def _explained(error: ValidationError, located: LocatedData) -> RecipeError:
+    """Turn pydantic's first finding into one message with its line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = tuple(part for part in first["loc"] if isinstance(part, (str, int)))
+    key = str(path[0]) if path else ""
+    where = located.where(path)
+    if first["type"] == "extra_forbidden":
+        close = get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
+        return RecipeError(
+            f"the recipe has an unknown key {printable(key)!r}",
+            where=where,
+            expected=", ".join(Recipe.model_fields),
+            hint=f"did you mean {close[0]!r}?" if close else "remove the key",
+        )
+    if first["type"] == "missing":
+        return RecipeError(f"the recipe has no {key!r}", where=located.where(()), hint=f"add {key}: …")
+    message, _, rest = first["msg"].removeprefix("Value error, ").partition("\n")
+    what = f"the recipe's {key!r} is wrong: {message}" if key else f"the recipe is wrong: {message}"
+    return RecipeError(what + (f"\n{rest}" if rest else ""), where=where)

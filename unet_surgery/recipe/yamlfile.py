@@ -1,0 +1,140 @@
+"""Plain YAML with positions: text → data and the line and column of every value.
+
+Anything that makes YAML more than data is refused before a single value is built: anchors, aliases, merge keys,
+tags, duplicate keys, a second document. A 426-byte alias bomb can hang whatever prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from unet_surgery.errors import RecipeError, printable
+
+__all__ = ["LocatedData", "Path", "parse_yaml"]
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+
+Path = tuple[str | int, ...]
+
+_SCALARS = {
+    "tag:yaml.org,2002:str": str,
+    "tag:yaml.org,2002:int": lambda text: int(text, 0),
+    "tag:yaml.org,2002:float": float,
+    "tag:yaml.org,2002:null": lambda _: None,
+    "tag:yaml.org,2002:bool": lambda text: text.lower() in ("true", "yes", "on"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedData:
+    """The data of a YAML file and where each of its values stands."""
+
+    data: dict[str, Any]
+    file: str
+    marks: Mapping[Path, tuple[int, int]]
+
+    def where(self, path: Path) -> str:
+        """Return ``file:line:column`` of the value at ``path``, or of its nearest parent."""
+        while path and path not in self.marks:
+            path = path[:-1]
+        line, column = self.marks.get(path, (1, 1))
+        return f"{self.file}:{line}:{column}"
+
+
+def parse_yaml(text: str, file: str) -> LocatedData:
+    """Parse ``text``, one YAML mapping; ``file`` is the name errors use.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, or YAML that is more than data; with line and column.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise RecipeError("the recipe file is too large", where=file, expected="at most 1 MiB")
+    try:
+        _refuse_more_than_data(text, file)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(
+            f"the recipe is not valid YAML: {printable(error.problem or 'unreadable')}",
+            where=f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file,
+            hint="quote a selector that begins with *, & or !",
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the recipe is not valid YAML: {printable(str(error))}", where=file) from error
+    marks: dict[Path, tuple[int, int]] = {}
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(
+            "the recipe is not a mapping", where=f"{file}:1:1", expected="keys such as name: and remove:"
+        )
+    return LocatedData(_construct(node, (), marks, file), file, marks)
+
+
+def _refuse_more_than_data(text: str, file: str) -> None:
+    depth = documents = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError(
+                "YAML aliases are not allowed in a recipe",
+                where=where,
+                found=f"*{printable(event.anchor)}",
+                hint=f'quote it if it is a selector: "*{printable(event.anchor)}"',
+            )
+        if getattr(event, "anchor", None) is not None:
+            raise RecipeError(
+                "YAML anchors are not allowed in a recipe", where=where, found=f"&{printable(event.anchor)}"
+            )
+        if getattr(event, "tag", None) is not None:
+            raise RecipeError("YAML tags are not allowed in a recipe", where=where, found=printable(event.tag))
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+        if depth > MAX_DEPTH:
+            raise RecipeError("the recipe is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels")
+        if documents > 1:
+            raise RecipeError("the recipe holds a second YAML document", where=where, expected="one recipe a file")
+
+
+def _construct(node: yaml.Node, path: Path, marks: dict[Path, tuple[int, int]], file: str) -> Any:
+    marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*path, i), marks, file) for i, child in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        return _construct_mapping(node, path, marks, file)
+    make = _SCALARS.get(node.tag)
+    try:
+        if make is None:
+            raise ValueError
+        return make(node.value)
+    except ValueError:
+        raise RecipeError(
+            "a value that is not text, a number, true, false or null",
+            where=f"{file}:{marks[path][0]}:{marks[path][1]}",
+            found=printable(node.value),
+            hint=f'quote it: "{printable(node.value)}"',
+        ) from None
+
+
+def _construct_mapping(
+    node: yaml.MappingNode, path: Path, marks: dict[Path, tuple[int, int]], file: str
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        where = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise RecipeError("YAML merge keys are not allowed in a recipe", where=where, found="<<")
+        if key_node.tag != "tag:yaml.org,2002:str":
+            raise RecipeError("a key that is not text", where=where, found=printable(str(key_node.value)))
+        key = key_node.value
+        if key in result:
+            raise RecipeError(f"the key {printable(key)!r} stands twice", where=where, hint="keep one of them")
+        result[key] = _construct(value_node, (*path, key), marks, file)
+    return result
