@@ -157,7 +157,7 @@ def parse_config(raw: Mapping[str, Any]) -> UNetConfig:
     mid_type = read.get("mid_block_type")
     if mid_type not in (CROSS_MID, RESNET_MID, None):
         raise read.wrong("mid_block_type", f"{CROSS_MID}, {RESNET_MID} or null")
-    mid_depth = _mid_depth(read, levels) if mid_type == CROSS_MID else 0
+    mid_depth = _mid_depth(read) if mid_type == CROSS_MID else 0
     known = STRUCTURAL_KEYS | INERT_KEYS | ONLY_VALUES.keys()
     return UNetConfig(
         raw=raw,
@@ -263,14 +263,21 @@ def _levels(read: _Reader) -> tuple[Level, ...]:
     context = read.per_level(
         "cross_attention_dim", num_levels, lambda v: _is_int(v, 1, MAX_CHANNELS), f"an integer from 1 to {MAX_CHANNELS}"
     )
-    only_cross = read.per_level(
-        "only_cross_attention", num_levels, lambda v: isinstance(v, bool), "true or false"
-    )
+    only_cross = read.per_level("only_cross_attention", num_levels, lambda v: isinstance(v, bool), "true or false")
     down_depths, up_depths = _depths(read, layers, down, up)
     levels = tuple(
         Level(*values)
         for values in zip(
-            channels, layers, down, reversed(up), heads, context, only_cross, down_depths, reversed(up_depths), strict=True
+            channels,
+            layers,
+            down,
+            reversed(up),
+            heads,
+            context,
+            only_cross,
+            down_depths,
+            reversed(up_depths),
+            strict=True,
         )
     )
     _check_groups(read, levels)
@@ -334,7 +341,7 @@ def _per_layer(read: _Reader, key: str, entry: Any, num_layers: int, used: bool)
     return tuple(entry)
 
 
-def _mid_depth(read: _Reader, levels: tuple[Level, ...]) -> int:
+def _mid_depth(read: _Reader) -> int:
     """Return the mid's depth: the last entry of ``transformer_layers_per_block``, its first layer's when nested."""
     entry = read.get("transformer_layers_per_block")
     if isinstance(entry, (list, tuple)):
@@ -355,7 +362,9 @@ def _check_groups(read: _Reader, levels: tuple[Level, ...]) -> None:
                 "block_out_channels", f"widths that norm_num_groups ({groups}) divides", hint=f"{level.channels} is not"
             )
         if (level.down_attention or level.up_attention) and level.channels < level.num_heads:
-            raise read.wrong("attention_head_dim", f"at most {level.channels} heads where a stage has that many channels")
+            raise read.wrong(
+                "attention_head_dim", f"at most {level.channels} heads where a stage has that many channels"
+            )
 
 
 def _stem(read: _Reader, levels: tuple[Level, ...]) -> Stem:

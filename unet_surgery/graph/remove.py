@@ -29,7 +29,9 @@ def remove(graph: UNetGraph, nodes: Collection[str]) -> UNetGraph:
     up = tuple(_without(stage, gone) for stage in graph.up if stage.source not in gone)
     if not down or not up:
         raise InexpressibleError(
-            "the recipe removes every stage of a side", hint="keep at least level 0: down.0 and the last up stage"
+            "the recipe removes every stage of a side",
+            about=("down_blocks", "up_blocks"),
+            hint="keep at least level 0: down.0 and the last up stage",
         )
     if down[-1].sampler is not None:
         down = (*down[:-1], replace(down[-1], sampler=None))
@@ -69,6 +71,7 @@ def _mid_without(mid: Mid | None, gone: frozenset[str]) -> Mid | None:
     if mid.attention is not None and not attention_gone:
         raise InexpressibleError(
             "the recipe removes a resnet of the mid and keeps its attention",
+            about=("mid_block",),
             expected="a mid of two resnets and an attention, of one resnet alone, or none",
             hint='add "mid.attentions.0" for a mid of one resnet, or write "mid" to remove it whole',
         )
@@ -89,6 +92,7 @@ def _headless(layer: Layer, stage: Stage) -> InexpressibleError:
     number = layer.resnet.source.rpartition(".")[2]
     return InexpressibleError(
         f"the recipe removes the resnet of {stage.selector}.layers.{number} and keeps its attention",
+        about=(layer.resnet.source,),
         expected="a layer goes whole, or only its attention goes",
         hint=f'write "{stage.selector}.layers.{number}"',
     )

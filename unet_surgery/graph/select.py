@@ -151,9 +151,7 @@ def _index(words: list[str], name: str, text: str) -> tuple[str, tuple[_Item, ..
         first = int(match["first"])
         last = (int(match["last"]) if match["last"] else None) if match["dash"] else first
         if last is not None and last < first:
-            raise SelectorError(
-                f"the selector {printable(text)!r} has an empty range {part}", hint=f"{last}-{first}"
-            )
+            raise SelectorError(f"the selector {printable(text)!r} has an empty range {part}", hint=f"{last}-{first}")
         items.append(_Item(part, first, last))
     return pattern, tuple(items)
 
@@ -180,7 +178,9 @@ def _resolve_one(graph: UNetGraph, text: str, skipped: list[Skipped]) -> Iterato
             raise SelectorError(f"the selector {text!r} names nothing", found="this teacher has no mid")
         matched = [_Node("mid_block", "mid", graph.mid)]
     else:
-        matched = _descend([_Node("", "the U-Net", None)], first, text, skipped, lambda _: _stage_nodes(graph, first.name))
+        matched = _descend(
+            [_Node("", "the U-Net", None)], first, text, skipped, lambda _: _stage_nodes(graph, first.name)
+        )
     for step in rest:
         matched = _descend(matched, step, text, skipped, lambda node, step=step: _children(node, step.name))  # type: ignore[misc]
     for node in matched:

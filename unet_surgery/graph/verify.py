@@ -30,10 +30,10 @@ def verify(teacher: UNetGraph, student: UNetGraph, *, allow_skip_change: bool = 
     _level_zero(teacher, student)
     _partners(teacher, student)
     _layer_counts(teacher, student)
-    _mid(student)
     if not allow_skip_change:
         _outer_up_layers(teacher, student)
     _widths(student)
+    _mid(student)
 
 
 def _level_zero(teacher: UNetGraph, student: UNetGraph) -> None:
@@ -42,6 +42,7 @@ def _level_zero(teacher: UNetGraph, student: UNetGraph) -> None:
         if not kept:
             raise InexpressibleError(
                 f"the recipe removes {stage.selector}, which is level 0 (rule 8)",
+                about=(stage.source,),
                 expected="level 0 stays: conv_in, conv_out and the time embedding have its width",
                 hint=f"remove layers or attentions of {stage.selector} instead",
             )
@@ -54,6 +55,7 @@ def _partners(teacher: UNetGraph, student: UNetGraph) -> None:
             gone, stays = (up, down) if down.source in kept else (down, up)
             raise InexpressibleError(
                 f"the recipe removes {gone.selector} and keeps its partner {stays.selector} (rule 8)",
+                about=(gone.source,),
                 expected="the two sides of a level go together",
                 hint=f'add "{stays.selector}"',
             )
@@ -64,13 +66,13 @@ def _layer_counts(teacher: UNetGraph, student: UNetGraph) -> None:
         num_down, num_up = len(down.layers), len(up.layers)
         if num_up == num_down + 1:
             continue
-        excess, stage, whole = (
-            (num_up - num_down - 1, up, teacher.up[up.index])
-            if num_up > num_down + 1
-            else (num_down + 1 - num_up, down, teacher.down[down.index])
-        )
+        if num_up > num_down + 1:
+            excess, stage, whole, lost = num_up - num_down - 1, up, teacher.up[up.index], down
+        else:
+            excess, stage, whole, lost = num_down + 1 - num_up, down, teacher.down[down.index], up
         raise InexpressibleError(
             f"{down.selector} keeps {_layers(num_down)} and {up.selector} {_layers(num_up)} (rule 1)",
+            about=(lost.source,),
             expected=f"an up stage has exactly one layer more than its down stage: {num_down} needs {num_down + 1}",
             hint=_layers_to_add(stage, whole, excess),
         )
@@ -97,6 +99,7 @@ def _mid(student: UNetGraph) -> None:
         if len(mid.resnets) != 1:
             raise InexpressibleError(
                 "the recipe leaves a mid of two resnets without attention (rule 2)",
+                about=("mid_block",),
                 expected="two resnets and an attention, one resnet alone, or none",
                 hint='add "mid.resnets.1"',
             )
@@ -113,6 +116,7 @@ def _mid(student: UNetGraph) -> None:
         raise InexpressibleError(
             f"the mid's attention keeps {mid.attention.depth} transformer blocks and "
             f"{deepest.selector}'s first keeps {first.depth} (rule 2)",
+            about=("mid_block", deepest.source),
             expected="the same depth: diffusers has one number for both",
             hint=hint,
         )
@@ -137,6 +141,7 @@ def _outer_up_layers(teacher: UNetGraph, student: UNetGraph) -> None:
                 continue
             raise InexpressibleError(
                 f"the recipe removes {stage.selector}.layers.{number}, the {name} of its stage (rule 7)",
+                about=(f"{stage.source}.resnets.{number}",),
                 expected="up stages keep their first and last layer: these take another stage's output or skip, "
                 "and weights trained for one skip would get another",
                 hint=_instead(whole, number),
@@ -157,6 +162,7 @@ def _widths(student: UNetGraph) -> None:
         if not down.layers and before != down.channels:
             raise InexpressibleError(
                 f"{down.selector} keeps no layer but must widen {before} channels to {down.channels} (rule 6)",
+                about=(down.source,),
                 expected="a stage without layers has equal widths before and behind it",
                 hint=f"keep one layer of {down.selector}",
             )
@@ -179,8 +185,7 @@ def _fits(layer: Layer, hidden: int, skip: int) -> None:
         return
     have, need = resnet.hidden_channels + resnet.skip_channels, hidden + skip
     raise InexpressibleError(
-        f"{resnet.source} would get another input than its weights were trained for (rule 8)",
-        where=f"{resnet.source}.conv1.weight",
+        f"{resnet.source}.conv1.weight would get another input than it was trained for (rule 8)",
         expected=f"[{resnet.out_channels}, {have}, 3, 3], for {_split(resnet.hidden_channels, resnet.skip_channels)}",
         found=f"[{resnet.out_channels}, {need}, 3, 3], for {_split(hidden, skip)}",
         hint="keep the layer or stage whose width it expects",

@@ -4,13 +4,14 @@ Pure values and functions, like :mod:`unet_surgery.graph`.
 """
 
 from unet_surgery.lower.config import lower_config
-from unet_surgery.lower.counts import Counts, count, count_modules, part_of
+from unet_surgery.lower.counts import Counts, count, count_modules, part_of, quantity
 from unet_surgery.lower.features import FeatureMap, FeaturePair, Tap, feature_map
 from unet_surgery.lower.make import BYTES_PER_PARAM, make_plan
 from unet_surgery.lower.modules import CONTEXT_TOKENS, Module, Placed, Tensor, modules
 from unet_surgery.lower.plan import Bypassed, ConfigChange, Part, StoredFile, StoredWeights, SurgeryPlan
+from unet_surgery.lower.report import NodeReport, report_nodes
 from unet_surgery.lower.skips import ChangedSkip, changed_skips
-from unet_surgery.lower.weights import shapes_of, unused_tensors, weight_map
+from unet_surgery.lower.weights import replaced_tensor, shapes_of, unused_tensors, weight_map
 
 __all__ = [
     "BYTES_PER_PARAM",
@@ -22,6 +23,7 @@ __all__ = [
     "FeatureMap",
     "FeaturePair",
     "Module",
+    "NodeReport",
     "Part",
     "Placed",
     "StoredFile",
@@ -37,6 +39,9 @@ __all__ = [
     "make_plan",
     "modules",
     "part_of",
+    "quantity",
+    "replaced_tensor",
+    "report_nodes",
     "shapes_of",
     "unused_tensors",
     "weight_map",

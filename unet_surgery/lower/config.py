@@ -1,8 +1,8 @@
 """``lower_config``: from the student's graph to the config.json that stock diffusers builds it from.
 
 One canonical form, so that equal students have equal files: a key keeps the teacher's notation (a scalar where it
-had a scalar and the levels still agree), lists nest only where the layers of a stage differ, keys are sorted as diffusers
-sorts them.
+had a scalar and the levels still agree), lists nest only where the layers of a stage differ, keys are sorted as
+diffusers sorts them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,6 @@ def lower_config(teacher_config: Mapping[str, Any], student: UNetGraph) -> dict[
         if isinstance(value, (list, tuple)):
             config[key] = [value[i] for i in levels]
     _set_depths(config, student)
-    name = config.get("_name_or_path")
-    if name is not None and not _is_hub_id(name):
-        del config["_name_or_path"]
     result = {key: config[key] for key in sorted(config)}
     _prove(result, student)
     return result
@@ -80,9 +77,10 @@ def _set_depths(config: dict[str, Any], student: UNetGraph) -> None:
     uniform = fixed[0] if fixed and all(entry == fixed[0] for entry in fixed) else None
     entries: list[DepthEntry] = []
     for stage, entry, mirror in zip(student.down, down, up, strict=True):
-        if entry is None:
-            entry = mirror if isinstance(mirror, int) else _free_entry(teacher_value, stage, uniform)
-        entries.append(entry)
+        if entry is not None:
+            entries.append(entry)
+        else:
+            entries.append(mirror if isinstance(mirror, int) else _free_entry(teacher_value, stage, uniform))
     needs_reverse = any(isinstance(entry, list) for entry in entries) or any(
         mirror is not None and mirror != entry for entry, mirror in zip(entries, up, strict=True)
     )
@@ -116,11 +114,6 @@ def _mirror_entry(entry: Any) -> int:
     if isinstance(entry, (list, tuple)):
         return int(entry[0]) if entry else 1
     return int(entry)
-
-
-def _is_hub_id(name: object) -> bool:
-    """True for ``org/name``; a path of somebody's machine must not travel with the student."""
-    return isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
 
 
 def _prove(config: Mapping[str, Any], student: UNetGraph) -> None:

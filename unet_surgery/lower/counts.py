@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from unet_surgery.graph.nodes import UNetGraph
 from unet_surgery.lower.modules import Placed, modules
 
-__all__ = ["Counts", "count", "count_modules", "part_of"]
+__all__ = ["Counts", "count", "count_modules", "part_of", "quantity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,13 @@ def part_of(placed: Placed) -> str:
     if side in ("down", "up") and rest.startswith("blocks."):
         return f"{side}.{rest.split('.')[1]}"
     return "mid" if placed.path.startswith("mid_block") else "stem"
+
+
+def quantity(number: int) -> str:
+    """Return a count for people, in four digits and a unit: ``323.4 M``, ``1.331 G``."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            value = number / size
+            decimals = 3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0
+            return f"{value:,.{decimals}f} {unit}"
+    return str(number)

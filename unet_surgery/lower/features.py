@@ -2,7 +2,7 @@
 
 Two sets. ``plan``: the output of every stage, and of the mid, that both networks have at the same width and resolution;
 where the student lost a stage's downsampler, its output is compared with the *input* of the teacher's. ``bk``: as
-BK-SDM's trainer pairs them (arXiv 2305.15798, eq. 3 and the released code): stage outputs, never the mid, and for a lost
+BK-SDM's trainer pairs them (arXiv 2305.15798 and the released code): stage outputs, never the mid, and for a lost
 downsampler the branch before the residual add, ``attentions.N.proj_out``.
 """
 

@@ -69,7 +69,7 @@ def make_plan(
         changed_skips=changed_skips(whole, left),
         bypassed=_bypassed(left, after),
         weights=mapping,
-        unused=unused_tensors(whole, left, mapping, selection),
+        unused=unused_tensors(whole, mapping, selection),
         features=feature_map(whole, left),
         carried_keys=config.unknown_keys,
     )
@@ -95,9 +95,7 @@ def _bypassed(student: UNetGraph, placed: list[Placed]) -> tuple[Bypassed, ...]:
     if student.mid is not None:
         attentions.append(student.mid.attention)
     paths = [a.source for a in attentions if a is not None and a.bypass]
-    return tuple(
-        Bypassed(path, sum(p.module.num_params for p in placed if p.source == path + ".")) for path in paths
-    )
+    return tuple(Bypassed(path, sum(p.module.num_params for p in placed if p.source == path + ".")) for path in paths)
 
 
 def _student_bytes(
@@ -106,4 +104,3 @@ def _student_bytes(
     if dtype is not None or tensor_bytes is None:
         return counts.params * BYTES_PER_PARAM[dtype or "F32"]
     return sum(tensor_bytes[placed.source + t.name] for placed in after for t in placed.module.tensors)
-

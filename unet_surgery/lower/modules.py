@@ -17,7 +17,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from unet_surgery.graph.nodes import Attention, Resnet, Sampler, Stem, UNetGraph
+from unet_surgery.graph.nodes import Attention, Resnet, Stage, Stem, UNetGraph
 
 __all__ = ["CONTEXT_TOKENS", "Module", "Placed", "Tensor", "latent_sizes", "modules"]
 
@@ -71,41 +71,35 @@ class Placed(NamedTuple):
 def modules(graph: UNetGraph) -> Iterator[Placed]:
     """Yield every module of ``graph`` in diffusers' order; together they hold each tensor exactly once."""
     stem = graph.stem
-    sizes = latent_sizes(graph)
-    pixels = [height * width for height, width in sizes]
+    pixels = [height * width for height, width in latent_sizes(graph)]
+    deepest = len(pixels) - 1
     for path, module in _stem_head(stem):
         yield Placed(path, path, module, pixels[0], False)
-    num_levels = graph.num_levels
     for i, stage in enumerate(graph.down):
-        here = pixels[i]
-        path = f"down_blocks.{i}."
-        for j, layer in enumerate(stage.layers):
-            yield Placed(f"{path}resnets.{j}.", layer.resnet.source + ".", _resnet_of(layer.resnet, stem), here, False)
-            if layer.attention is not None:
-                yield from _attention_modules(f"{path}attentions.{j}.", layer.attention, stem, here)
-        if stage.sampler is not None:
-            yield Placed(
-                f"{path}downsamplers.0.", stage.sampler.source + ".", _sampler_of(stage.sampler), pixels[i + 1], False
-            )
+        yield from _stage_modules(f"down_blocks.{i}.", stage, stem, pixels[i], pixels[min(i + 1, deepest)])
     if graph.mid is not None:
-        here = pixels[-1]
         for j, resnet in enumerate(graph.mid.resnets):
-            yield Placed(f"mid_block.resnets.{j}.", resnet.source + ".", _resnet_of(resnet, stem), here, False)
+            path = f"mid_block.resnets.{j}."
+            yield Placed(path, resnet.source + ".", _resnet_of(resnet, stem), pixels[-1], False)
         if graph.mid.attention is not None:
-            yield from _attention_modules("mid_block.attentions.0.", graph.mid.attention, stem, here)
+            yield from _attention_modules("mid_block.attentions.0.", graph.mid.attention, stem, pixels[-1])
     for i, stage in enumerate(graph.up):
-        level = num_levels - 1 - i
-        here = pixels[level]
-        path = f"up_blocks.{i}."
-        for j, layer in enumerate(stage.layers):
-            yield Placed(f"{path}resnets.{j}.", layer.resnet.source + ".", _resnet_of(layer.resnet, stem), here, False)
-            if layer.attention is not None:
-                yield from _attention_modules(f"{path}attentions.{j}.", layer.attention, stem, here)
-        if stage.sampler is not None:
-            yield Placed(
-                f"{path}upsamplers.0.", stage.sampler.source + ".", _sampler_of(stage.sampler), pixels[level - 1], False
-            )
+        level = deepest - i
+        yield from _stage_modules(f"up_blocks.{i}.", stage, stem, pixels[level], pixels[max(level - 1, 0)])
     yield Placed("", "", _stem_tail(stem), pixels[0], False)
+
+
+def _stage_modules(path: str, stage: Stage, stem: Stem, num_pixels: int, sampled_pixels: int) -> Iterator[Placed]:
+    """Yield a stage's modules; its sampler's convolution runs at the resolution it leads to."""
+    for j, layer in enumerate(stage.layers):
+        resnet = layer.resnet
+        yield Placed(f"{path}resnets.{j}.", resnet.source + ".", _resnet_of(resnet, stem), num_pixels, False)
+        if layer.attention is not None:
+            yield from _attention_modules(f"{path}attentions.{j}.", layer.attention, stem, num_pixels)
+    if stage.sampler is not None:
+        source = stage.sampler.source + "."
+        name = "downsamplers.0." if stage.side == "down" else "upsamplers.0."
+        yield Placed(path + name, source, _sampler(stage.sampler.channels), sampled_pixels, False)
 
 
 def latent_sizes(graph: UNetGraph) -> list[tuple[int, int]]:
@@ -218,10 +212,6 @@ def _transformer_block(inner: int, context: int, only_cross_attention: bool) -> 
         products_per_pixel=cross * 2 if only_cross_attention else cross,
         products_per_pixel_pair=0 if only_cross_attention else 2 * inner,
     )
-
-
-def _sampler_of(sampler: Sampler) -> Module:
-    return _sampler(sampler.channels)
 
 
 @lru_cache(maxsize=64)

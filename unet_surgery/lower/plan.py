@@ -167,7 +167,9 @@ def _decode(text: str) -> SurgeryPlan:
         student=_counts(student),
         student_bytes=student.integer("bytes"),
         dtype=student.optional_text("dtype"),
-        parts=top.each("parts", lambda o: Part(o.text("name"), _counts(o.object("teacher")), _counts(o.object("student")))),
+        parts=top.each(
+            "parts", lambda o: Part(o.text("name"), _counts(o.object("teacher")), _counts(o.object("student")))
+        ),
         removed=top.text_mapping("removed"),
         skipped=top.each("skipped", lambda o: Skipped(o.text("selector"), o.text("parent"), o.text("missing"))),
         changed_skips=top.each(
@@ -207,7 +209,9 @@ class _Object:
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
-            raise VerificationError("the plan has a wrong value", where=where, expected="an object", found=printable(value))
+            raise VerificationError(
+                "the plan has a wrong value", where=where, expected="an object", found=printable(value)
+            )
         self._value: dict[str, Any] = value
         self._where = where
 

@@ -11,7 +11,7 @@ from unet_surgery.graph.nodes import UNetGraph
 from unet_surgery.graph.select import Selection
 from unet_surgery.lower.modules import modules
 
-__all__ = ["Shape", "shapes_of", "unused_tensors", "weight_map"]
+__all__ = ["Shape", "replaced_tensor", "shapes_of", "unused_tensors", "weight_map"]
 
 Shape = tuple[int, ...]
 
@@ -30,8 +30,16 @@ def weight_map(student: UNetGraph) -> dict[str, str | None]:
     }
 
 
+def replaced_tensor(weights: Mapping[str, str | None], name: str) -> str:
+    """Return the teacher tensor whose place the zeros called ``name`` take: the ``proj_out`` of the same attention."""
+    attention, _, leaf = name.rpartition("proj_out.")
+    sibling = weights[f"{attention}proj_in.weight"]
+    assert sibling is not None
+    return sibling.removesuffix("proj_in.weight") + f"proj_out.{leaf}"
+
+
 def unused_tensors(
-    teacher: UNetGraph, student: UNetGraph, weights: Mapping[str, str | None], selection: Selection
+    teacher: UNetGraph, weights: Mapping[str, str | None], selection: Selection
 ) -> dict[str, tuple[str, ...]]:
     """Return selector → the teacher's tensors that the student does not use because of it.
 
