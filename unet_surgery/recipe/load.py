@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from unet_surgery.errors import RecipeError, SurgeryError, printable
-from unet_surgery.graph import FAMILIES, Selection, UNetGraph, resolve
+from unet_surgery.errors import RecipeError, SelectorError, SurgeryError, printable
+from unet_surgery.graph import FAMILIES, Selection, Skipped, UNetGraph, resolve
+from unet_surgery.graph.select import parse_selector
 from unet_surgery.recipe.schema import Recipe
 from unet_surgery.recipe.yamlfile import LocatedData, parse_yaml
 
@@ -87,7 +88,7 @@ def select(recipe: Recipe, graph: UNetGraph) -> Selection:
         SelectorError: a selector names nothing here; ``where`` is its file and line.
     """
     nodes: dict[str, str] = {}
-    skipped = []
+    skipped: list[Skipped] = []
     for i, selector in enumerate(recipe.remove):
         try:
             part = resolve(graph, [selector])
@@ -137,8 +138,7 @@ def _union(recipe: Recipe, located: LocatedData, bases: Sequence[Recipe]) -> Rec
     if "allow_skip_change" not in given:
         inherited["allow_skip_change"] = any(base.allow_skip_change for base in bases)
     result = recipe.model_copy(update=inherited)
-    result._origins = tuple(removals.values())
-    return result
+    return result.located(tuple(removals.values()), located.where(("families",)))
 
 
 def _common_families(bases: Sequence[Recipe], located: LocatedData) -> tuple[str, ...] | None:
@@ -162,6 +162,9 @@ def _explained(error: ValidationError, located: LocatedData) -> RecipeError:
     path = tuple(part for part in first["loc"] if isinstance(part, (str, int)))
     key = str(path[0]) if path else ""
     where = located.where(path)
+    if path[:1] == ("remove",) and (wrong := _wrong_selector(located.data, path)) is not None:
+        wrong.at(where)
+        return wrong
     if first["type"] == "extra_forbidden":
         close = get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
         return RecipeError(
@@ -172,6 +175,17 @@ def _explained(error: ValidationError, located: LocatedData) -> RecipeError:
         )
     if first["type"] == "missing":
         return RecipeError(f"the recipe has no {key!r}", where=located.where(()), hint=f"add {key}: …")
-    message, _, rest = first["msg"].removeprefix("Value error, ").partition("\n")
-    what = f"the recipe's {key!r} is wrong: {message}" if key else f"the recipe is wrong: {message}"
-    return RecipeError(what + (f"\n{rest}" if rest else ""), where=where)
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"the recipe's {key!r} is wrong: {message}" if key else message, where=where)
+
+
+def _wrong_selector(data: dict[str, Any], path: tuple[str | int, ...]) -> SelectorError | None:
+    """Return what is wrong with the selector at ``path``, or None where it is not even text."""
+    removals = data["remove"]
+    text = removals[int(path[1])] if len(path) > 1 and isinstance(removals, list) else removals
+    try:
+        if isinstance(text, str):
+            parse_selector(text)
+    except SelectorError as error:
+        return error
+    return None

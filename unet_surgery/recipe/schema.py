@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator
 
+from unet_surgery.errors import SelectorError
 from unet_surgery.graph import FAMILIES
 from unet_surgery.graph.select import parse_selector
 
@@ -20,6 +21,11 @@ def _listed(value: Any) -> Any:
 def _selector(value: Any) -> Any:
     if isinstance(value, (int, float, bool)) or value is None:
         raise ValueError(f"a selector is text; quote it: {str(value).lower()!r}")
+    if isinstance(value, str):
+        try:
+            parse_selector(value)
+        except SelectorError as error:
+            raise ValueError(str(error)) from error
     return value
 
 
@@ -51,6 +57,7 @@ class Recipe(BaseModel):
     citation: Annotated[str, Field(max_length=2000)] | None = None
 
     _origins: tuple[str, ...] = PrivateAttr(default=())
+    _families_origin: str | None = PrivateAttr(default=None)
 
     @field_validator("families")
     @classmethod
@@ -62,23 +69,25 @@ class Recipe(BaseModel):
             raise ValueError("an empty list serves nothing; leave the key out to serve every family")
         return value
 
-    @field_validator("remove")
-    @classmethod
-    def _well_formed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for text in value:
-            try:
-                parse_selector(text)
-            except Exception as error:
-                raise ValueError(str(error)) from error
-        return value
-
     def model_post_init(self, _context: Any) -> None:
         if not self.remove and not self.extends:
             raise ValueError("a recipe needs remove: or extends:")
 
+    def located(self, origins: tuple[str, ...], families_origin: str) -> Recipe:
+        """Return the recipe with the places its removals and families were written at."""
+        copy = self.model_copy()
+        copy._origins = origins
+        copy._families_origin = families_origin
+        return copy
+
     def origin(self, index: int) -> str:
         """Return ``file:line:column`` of ``remove[index]``; the recipe's name where it was made in Python."""
         return self._origins[index] if index < len(self._origins) else f"recipe {self.name}, remove[{index}]"
+
+    @property
+    def families_origin(self) -> str:
+        """Where ``families`` is written, for errors."""
+        return self._families_origin or f"recipe {self.name}"
 
     def to_data(self) -> dict[str, Any]:
         """Return the recipe as plain JSON data, without what is empty."""

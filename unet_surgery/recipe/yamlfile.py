@@ -6,7 +6,7 @@ tags, duplicate keys, a second document. A 426-byte alias bomb can hang whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ MAX_DEPTH = 20
 
 Path = tuple[str | int, ...]
 
-_SCALARS = {
+_SCALARS: Mapping[str, Callable[[str], Any]] = {
     "tag:yaml.org,2002:str": str,
     "tag:yaml.org,2002:int": lambda text: int(text, 0),
     "tag:yaml.org,2002:float": float,
@@ -68,16 +68,15 @@ def parse_yaml(text: str, file: str) -> LocatedData:
         raise RecipeError(f"the recipe is not valid YAML: {printable(str(error))}", where=file) from error
     marks: dict[Path, tuple[int, int]] = {}
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(
-            "the recipe is not a mapping", where=f"{file}:1:1", expected="keys such as name: and remove:"
-        )
+        raise RecipeError("the recipe is not a mapping", where=f"{file}:1:1", expected="keys such as name: and remove:")
     return LocatedData(_construct(node, (), marks, file), file, marks)
 
 
 def _refuse_more_than_data(text: str, file: str) -> None:
     depth = documents = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+        mark = event.start_mark
+        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
         if isinstance(event, yaml.AliasEvent):
             raise RecipeError(
                 "YAML aliases are not allowed in a recipe",
@@ -85,12 +84,10 @@ def _refuse_more_than_data(text: str, file: str) -> None:
                 found=f"*{printable(event.anchor)}",
                 hint=f'quote it if it is a selector: "*{printable(event.anchor)}"',
             )
-        if getattr(event, "anchor", None) is not None:
-            raise RecipeError(
-                "YAML anchors are not allowed in a recipe", where=where, found=f"&{printable(event.anchor)}"
-            )
-        if getattr(event, "tag", None) is not None:
-            raise RecipeError("YAML tags are not allowed in a recipe", where=where, found=printable(event.tag))
+        for kind, mark_of in (("anchors", "anchor"), ("tags", "tag")):
+            found = getattr(event, mark_of, None)
+            if found is not None:
+                raise RecipeError(f"YAML {kind} are not allowed in a recipe", where=where, found=printable(found))
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -137,4 +134,5 @@ def _construct_mapping(
         if key in result:
             raise RecipeError(f"the key {printable(key)!r} stands twice", where=where, hint="keep one of them")
         result[key] = _construct(value_node, (*path, key), marks, file)
+        marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
     return result
