@@ -97,7 +97,10 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
             )
     if len(prefix) < 8:
         raise ContainerError(
-            "the file is too short for a safetensors file", where=name, expected="8 bytes or more", found=f"{file_bytes}"
+            "the file is too short for a safetensors file",
+            where=name,
+            expected="8 bytes or more",
+            found=f"{file_bytes}",
         )
     length = int.from_bytes(prefix[:8], "little")
     if length > file_bytes - 8:
@@ -149,7 +152,9 @@ def _plausible_length(prefix: bytes, file_bytes: int) -> bool:
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise ContainerError("the header's __metadata__ is not an object of strings", where=file, found=printable(value))
+        raise ContainerError(
+            "the header's __metadata__ is not an object of strings", where=file, found=printable(value)
+        )
     return value
 
 

@@ -31,10 +31,11 @@ class Staging:
     """
 
     def __init__(self, target: Path, *, force: bool = False) -> None:
-        self.target = target
+        self.target = Path(os.path.abspath(target))
         self.force = force
-        self.folder = target.parent / f".{target.name}{SUFFIX}"
-        self._lock_fd: int | None = None
+        self.folder = self.target.parent / f".{self.target.name}{SUFFIX}"
+        self._lock_fds: list[int] = []
+        self._gone = False
 
     def __enter__(self) -> Staging:
         self._check_target()
@@ -56,6 +57,7 @@ class Staging:
         else:
             try:
                 disk.rename_new(self.folder, self.target)
+                self._gone = True  # the name is free: what appears there now is another process's
             except FileExistsError:
                 raise OutputError(
                     "the output appeared while it was being written",
@@ -64,13 +66,15 @@ class Staging:
                 ) from None
         disk.fsync_folder(self.target.parent)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            # After a commit without --force there is nothing here any more; after an exchange, what was replaced.
-            disk.remove_tree(self.folder)
+            if self._lock_fds and not self._gone:
+                disk.remove_tree(self.folder)
         finally:
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
+            for fd in self._lock_fds:
+                os.close(fd)
         if isinstance(error, OSError) and not isinstance(error, OutputError):
             raise OutputError(
                 "the output could not be written; nothing was left at its path",
@@ -106,32 +110,39 @@ class Staging:
 
     def _make_folder(self) -> None:
         """Make the staging folder and lock it; clear a dead run's, refuse a living one's."""
-        while self._lock_fd is None:
+        while not self._lock_fds:
             with contextlib.suppress(FileExistsError):
                 disk.make_folder(self.folder)
             try:
-                fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = self._lock(self.folder)
             except FileNotFoundError:
                 continue  # its owner finished just now
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                os.close(fd)
-                raise OutputError(
-                    "another process is writing this output",
-                    where=str(self.target),
-                    found=f"{self.folder.name} is locked",
-                    hint="wait for it, or choose another --out",
-                ) from error
             if self._still_ours(fd):
-                self._lock_fd = fd
+                self._lock_fds.append(fd)
             else:
                 os.close(fd)
         leftovers = list(self.folder.iterdir())
         if leftovers:
             log.warning("clearing what an interrupted run left in %s", self.folder.name)
             for entry in leftovers:
-                disk.remove_tree(entry) if entry.is_dir() else disk.remove_file(entry)
+                if entry.is_dir() and not entry.is_symlink():
+                    disk.remove_tree(entry)
+                else:
+                    disk.remove_file(entry)
+
+    def _lock(self, folder: Path) -> int:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise OutputError(
+                "another process is writing this output",
+                where=str(self.target),
+                found=f"{folder.name} is locked",
+                hint="wait for it, or choose another --out",
+            ) from error
+        return fd
 
     def _still_ours(self, fd: int) -> bool:
         """True if the locked folder still has the staging name: its owner may have renamed it before letting go."""
@@ -142,6 +153,8 @@ class Staging:
         return os.path.samestat(named, os.fstat(fd))
 
     def _replace(self) -> None:
+        # What is replaced gets the staging name, so it must be locked before it does.
+        self._lock_fds.append(self._lock(self.target))
         if disk.exchange(self.folder, self.target):
             return
         log.warning("this file system cannot swap folders: replacing %s is not atomic", self.target.name)
@@ -149,4 +162,5 @@ class Staging:
         disk.remove_tree(aside)
         disk.rename_new(self.target, aside)
         disk.rename_new(self.folder, self.target)
+        self._gone = True
         disk.remove_tree(aside)

@@ -1,0 +1,36 @@
+"""What tests share: configs of every shape the engine must serve, and teachers on disk with random weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from configs import CONFIGS
+from teachers import write_unet
+
+# No test may reach the network or the user's own caches, whatever the machine's settings are.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["UNET_SURGERY_CACHE"] = str(cache / "unet-surgery")
+    os.environ["HF_HOME"] = str(cache / "hf")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The whole small pipeline of ``--teacher tiny-random``."""
+    from unet_surgery.hub import resolve_teacher
+
+    return resolve_teacher("tiny-random", weights=True, progress=lambda done, total: None).folder
+
+
+@pytest.fixture(scope="session")
+def unet_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A U-Net folder with random weights for every small config."""
+    root = tmp_path_factory.mktemp("unets")
+    return {name: write_unet(root / name, config) for name, config in CONFIGS.items()}

@@ -1,0 +1,200 @@
+"""``check``: is a student folder what its plan says, and are its bytes the teacher's? Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.checkpoint.layout import choose_weights
+from unet_surgery.checkpoint.match import check_shapes
+from unet_surgery.checkpoint.reader import Weights, open_weights
+from unet_surgery.checkpoint.student import CONFIG, PLAN, Progress
+from unet_surgery.checkpoint.teacher import TeacherFolder
+from unet_surgery.checkpoint.writer import student_tensors
+from unet_surgery.errors import SurgeryError, TeacherError, VerificationError, printable
+from unet_surgery.graph import build, parse_config
+from unet_surgery.lower import SurgeryPlan, shapes_of
+
+__all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
+
+CHUNK_BYTES = 4 << 20
+SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What was checked. ``compared_bytes`` is 0 where no teacher was given."""
+
+    plan: SurgeryPlan
+    unet: Path
+    num_tensors: int
+    num_zero_tensors: int
+    compared_tensors: int
+    compared_bytes: int
+    compared_files: int
+
+
+def read_plan(folder: Path) -> SurgeryPlan:
+    """Read ``plan.json`` of a student folder.
+
+    Raises:
+        VerificationError: it is not there, or not a plan.
+    """
+    path = folder / PLAN
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VerificationError(
+            "this folder has no readable plan.json",
+            where=str(path),
+            found=printable(str(error)),
+            hint="point at a folder that unet-surgery prune wrote",
+        ) from error
+    try:
+        return SurgeryPlan.from_json(text)
+    except SurgeryError as error:
+        raise error.at(str(path)) from None
+
+
+def unet_folder(folder: Path) -> Path:
+    """Return the U-Net's folder in a student folder."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
+
+
+def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progress) -> CheckReport:
+    """Check config, header, names, shapes and dtypes against the plan, zeros, and with ``teacher`` every other byte.
+
+    Raises:
+        VerificationError: something is not as planned; names the tensors.
+        TeacherError: ``teacher`` is not the one of the plan, or cannot be read.
+    """
+    plan = read_plan(folder)
+    unet = unet_folder(folder)
+    try:
+        config = read_object(unet / CONFIG)
+        choice = choose_weights([p.name for p in unet.iterdir()], None, where=str(unet))
+        weights = open_weights(unet, choice)
+    except TeacherError as error:
+        raise VerificationError(
+            error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
+        ) from error
+    with weights:
+        _check_config(plan, config, unet)
+        _check_names(plan, weights, unet)
+        zeros = [name for name, source in plan.weights.items() if source is None]
+        bad = [name for name in zeros if any(any(chunk) for chunk in _chunks(weights, name))]
+        if bad:
+            raise _differing("tensors that must be zero are not", bad, unet)
+        if teacher is None:
+            return CheckReport(plan, unet, len(weights), len(zeros), 0, 0, 0)
+        with teacher.open_weights() as originals:
+            _check_identity(plan, originals, teacher)
+            num_bytes = _compare(plan, weights, originals, unet, progress)
+        files = _compare_components(folder, teacher) if unet != folder else 0
+        return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
+
+
+def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
+    keys = sorted(config.keys() | plan.student_config.keys())
+    wrong = [key for key in keys if config.get(key, ...) != plan.student_config.get(key, ...)]
+    if wrong:
+        key = wrong[0]
+        raise VerificationError(
+            "the config is not the plan's",
+            where=f"{unet / CONFIG}, key {printable(key)}",
+            expected=printable(plan.student_config.get(key, "no such key")),
+            found=printable(config.get(key, "no such key")) + (f"; {len(wrong) - 1} more keys" if wrong[1:] else ""),
+        )
+
+
+def _check_names(plan: SurgeryPlan, weights: Weights, unet: Path) -> None:
+    expected = shapes_of(build(parse_config(plan.student_config)))
+    if expected.keys() != plan.weights.keys():
+        raise VerificationError("the plan's weight map and config disagree", where=str(unet.parent / PLAN))
+    check_shapes(expected, weights.shapes(), where=str(unet), source="the plan", error=VerificationError)
+    if plan.dtype is not None:
+        wrong = [name for name in weights if weights.info(name).dtype != plan.dtype]
+        if wrong:
+            raise _differing(f"tensors are not {plan.dtype}, as the plan says", wrong, unet)
+
+
+def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
+    recorded = plan.teacher_weights
+    if recorded is None:
+        return
+    want = sorted(f.header_sha256 for f in recorded.files)
+    have = sorted(f.header.sha256 for f in originals.files)
+    missing = [source for source in plan.weights.values() if source is not None and source not in originals]
+    if missing or (want != have and teacher.config != plan.teacher_config):
+        raise TeacherError(
+            "this is not the teacher that the student was made from",
+            where=str(teacher.unet),
+            expected=f"a header with sha256 {want[0][:16]}…",
+            found=f"{have[0][:16]}…",
+            hint="give the folder (and --variant) that was pruned",
+        )
+
+
+def _compare(plan: SurgeryPlan, weights: Weights, originals: Weights, unet: Path, progress: Progress) -> int:
+    """Compare every copied tensor with the teacher's, converted where the plan converts; return bytes compared."""
+    tensors = [t for t in student_tensors(plan, originals) if t.source is not None]
+    total = sum(t.num_bytes for t in tensors)
+    done = 0
+    bad = []
+    for tensor in tensors:
+        assert tensor.source is not None
+        if weights.info(tensor.name).dtype != tensor.dtype or not _same(weights, tensor.name, originals, tensor.source):
+            bad.append(tensor.name)
+        done += tensor.num_bytes
+        progress(done, total)
+    if bad:
+        raise _differing("tensors differ from the teacher's", bad, unet)
+    return total
+
+
+def _same(weights: Weights, name: str, originals: Weights, source: str) -> bool:
+    ours, theirs = weights.info(name), originals.info(source)
+    if ours.dtype == theirs.dtype:
+        return all(a == b for a, b in zip(_chunks(weights, name), _chunks(originals, source), strict=True))
+    from unet_surgery.checkpoint.cast import cast
+
+    ratio = ours.num_bytes / theirs.num_bytes
+    mine = _chunks(weights, name, int(CHUNK_BYTES * ratio))
+    return all(a == cast(b, theirs.dtype, ours.dtype) for a, b in zip(mine, _chunks(originals, source), strict=True))
+
+
+def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    file, info = weights.locate(name)
+    for start in range(0, info.num_bytes, size):
+        yield os.pread(file.fd, min(size, info.num_bytes - start), info.offset + start)
+
+
+def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
+    count = 0
+    for component in teacher.components:
+        for source, target in component.files.items():
+            copy = folder / component.name / target
+            if not copy.is_file() or not _same_file(component.folder / source, copy):
+                raise VerificationError("a copied file differs from the teacher's", where=str(copy), hint="prune again")
+            count += 1
+    return count
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    with a.open("rb") as first, b.open("rb") as second:
+        while chunk := first.read(CHUNK_BYTES):
+            if chunk != second.read(CHUNK_BYTES):
+                return False
+    return True
+
+
+def _differing(what: str, names: list[str], unet: Path) -> VerificationError:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return VerificationError(
+        f"{len(names)} {what}", where=str(unet), found=", ".join(names[:SHOWN]) + more, hint="prune again"
+    )

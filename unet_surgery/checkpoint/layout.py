@@ -1,0 +1,119 @@
+"""Which files of a diffusers folder hold what: pure functions over file names.
+
+A component's weights are ``BASE.safetensors`` or, sharded, ``BASE.safetensors.index.json`` and its shards; a variant
+(``fp16``, ``non_ema``) puts its name into both. BASE is ``diffusion_pytorch_model`` for diffusers' models and ``model``
+for transformers'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from unet_surgery.errors import TeacherError
+
+__all__ = ["UNET_BASE", "WeightsChoice", "choose_weights", "component_files", "is_weights_file"]
+
+UNET_BASE = "diffusion_pytorch_model"
+BASES = (UNET_BASE, "model")
+
+_BASE = "|".join(BASES)
+_SINGLE = re.compile(rf"(?P<base>{_BASE})(?:\.(?P<variant>[A-Za-z0-9_]+))?\.safetensors")
+_INDEX = re.compile(rf"(?P<base>{_BASE})\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json")
+_PICKLE = re.compile(r"(?:diffusion_)?(?:pytorch_)?model(?:\.(?P<variant>[A-Za-z0-9_]+))?\.bin")
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|safetensors\.index(\.\w+)?\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|msgpack|h5|onnx|onnx_data|gguf|pb|xml)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsChoice:
+    """The weights of a component: a single file or an index, of one variant (None: the plain ones)."""
+
+    file: str
+    sharded: bool
+    variant: str | None
+
+
+def choose_weights(names: Collection[str], variant: str | None, *, where: str, base: str = UNET_BASE) -> WeightsChoice:
+    """Choose among the file ``names`` of one folder.
+
+    Without ``variant`` the plain weights are taken, or the only variant there is.
+
+    Raises:
+        TeacherError: none fit, or several could be meant; lists what there is.
+    """
+    choices = _safetensors_choices(names, base)
+    if variant in choices:
+        return choices[variant]
+    if variant is None and len(choices) == 1:
+        return next(iter(choices.values()))
+    if choices:
+        options = ", ".join(f"--variant {v}" if v else "no --variant" for v in sorted(choices, key=lambda v: v or ""))
+        raise TeacherError(
+            f"there are no weights of variant {variant!r}" if variant else "there are several variants of the weights",
+            where=where,
+            found=options,
+            hint="choose one of these",
+        )
+    pickles = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    raise TeacherError(
+        "there are no safetensors weights",
+        where=where,
+        expected=f"{base}.safetensors or its index and shards",
+        found=f"{pickles[0]}, a pickle, which is never opened" if pickles else _listing(names),
+        hint="convert it first: diffusers' save_pretrained writes safetensors" if pickles else None,
+    )
+
+
+def component_files(names: Sequence[str], variant: str | None) -> dict[str, str]:
+    """Return source name → target name of the files of a component that a pipeline needs.
+
+    One set of weights is kept: safetensors before pickle, ``variant`` before the plain ones if it is there.
+    A chosen single file loses its variant's name, so that the pipeline loads without one; shards keep theirs.
+    """
+    kept = {name: name for name in names if not is_weights_file(name)}
+    for base in BASES:
+        choices = _safetensors_choices(names, base)
+        chosen = (
+            choices.get(variant)
+            or choices.get(None)
+            or (min(choices.values(), key=lambda c: c.file) if choices else None)
+        )
+        if chosen is None:
+            continue
+        if chosen.sharded:
+            shard = re.compile(rf"{base}.*-\d+-of-\d+.*\.safetensors")
+            kept |= {n: n for n in names if shard.fullmatch(n) and (chosen.variant or "") in n} | {
+                chosen.file: chosen.file
+            }
+        else:
+            kept[chosen.file] = f"{base}.safetensors"
+        return dict(sorted(kept.items()))
+    pickles = {match["variant"]: name for name in names if (match := _PICKLE.fullmatch(name))}
+    chosen_pickle = pickles.get(variant) or pickles.get(None) or (min(pickles.values()) if pickles else None)
+    if chosen_pickle is not None:
+        plain = re.sub(r"\.[A-Za-z0-9_]+\.bin$", ".bin", chosen_pickle)
+        kept[chosen_pickle] = plain
+    return dict(sorted(kept.items()))
+
+
+def is_weights_file(name: str) -> bool:
+    """True if the file holds weights in any known format, or is the index of such files."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def _safetensors_choices(names: Collection[str], base: str) -> dict[str | None, WeightsChoice]:
+    choices: dict[str | None, WeightsChoice] = {}
+    for name in sorted(names):
+        for pattern, sharded in ((_INDEX, True), (_SINGLE, False)):
+            match = pattern.fullmatch(name)
+            if match and match["base"] == base:
+                choices[match["variant"]] = WeightsChoice(name, sharded, match["variant"])
+    return choices
+
+
+def _listing(names: Collection[str]) -> str:
+    shown = sorted(names)[:6]
+    return ", ".join(shown) + (" …" if len(names) > 6 else "") if shown else "an empty folder"

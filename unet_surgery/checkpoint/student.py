@@ -1,0 +1,130 @@
+"""Writing a whole student folder, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet_surgery.checkpoint import disk
+from unet_surgery.checkpoint.card import write_card
+from unet_surgery.checkpoint.reader import Weights
+from unet_surgery.checkpoint.staging import Staging
+from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file, write_weights
+from unet_surgery.errors import OutputError, TeacherError
+from unet_surgery.lower import SurgeryPlan
+
+__all__ = ["CONFIG", "PLAN", "RECIPE", "Progress", "StudentOptions", "config_text", "write_student"]
+
+CONFIG, PLAN, RECIPE, CARD = "config.json", "plan.json", "recipe.yaml", "README.md"
+SPARE_BYTES = 4 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudentOptions:
+    """How to write: the U-Net alone or the pipeline, shards, hard links for copied components, replacing."""
+
+    unet_only: bool = False
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    link: bool = False
+    force: bool = False
+
+
+def write_student(
+    plan: SurgeryPlan,
+    teacher: TeacherFolder,
+    weights: Weights,
+    recipe_yaml: str,
+    out: Path,
+    options: StudentOptions,
+    progress: Progress,
+) -> None:
+    """Write the student of ``plan`` to ``out``: it is there whole when this returns, and not at all when it raises.
+
+    Raises:
+        OutputError: ``out`` exists, is the teacher or inside it, has no room, or cannot be written.
+        TeacherError: the teacher is damaged or changed meanwhile.
+    """
+    pipeline = teacher.is_pipeline and not options.unet_only
+    components = teacher.components if pipeline else ()
+    sizes = {} if options.link else {c.folder / f: (c.folder / f).stat().st_size for c in components for f in c.files}
+    total = plan.student_bytes + sum(sizes.values())
+    _check_apart(out, teacher)
+    with Staging(out, force=options.force) as staging:
+        _check_space(staging.folder, total)
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        root = staging.folder
+        unet = root / "unet" if pipeline else root
+        if pipeline:
+            disk.make_folder(unet)
+            disk.copy_file(teacher.root / INDEX, root / INDEX)
+        write_file(unet / CONFIG, config_text(plan))
+        write_weights(plan, weights, unet, max_shard_bytes=options.max_shard_bytes, on_bytes=on_bytes)
+        for component in components:
+            disk.make_folder(root / component.name)
+            for source, target in component.files.items():
+                _copy_component_file(component.folder / source, root / component.name / target, options.link, on_bytes)
+        write_file(root / RECIPE, recipe_yaml.encode())
+        write_file(root / PLAN, plan.to_json().encode())
+        write_file(root / CARD, write_card(plan, pipeline=pipeline).encode())
+        weights.check_unchanged()
+        staging.commit()
+
+
+def config_text(plan: SurgeryPlan) -> bytes:
+    """Return the student's config.json, as diffusers writes it."""
+    return (json.dumps(plan.student_config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _copy_component_file(source: Path, target: Path, link: bool, on_bytes: disk.OnBytes) -> None:
+    if link:
+        try:
+            disk.hard_link(source, target)
+        except OSError as error:
+            raise OutputError(
+                "the file cannot be hard-linked",
+                where=str(source),
+                found=error.strerror,
+                hint="leave --link out to copy it (both must be on one file system to link)",
+            ) from error
+        return
+    try:
+        disk.copy_file(source, target, on_bytes)
+    except EOFError:
+        raise TeacherError("a file of the teacher ended while it was read", where=str(source)) from None
+
+
+def _check_apart(out: Path, teacher: TeacherFolder) -> None:
+    """The output must not be the teacher, inside it, or around it: by device and inode, not by name."""
+    real, root = Path(os.path.realpath(out)), Path(os.path.realpath(teacher.root))
+    here = [p for p in (real, *real.parents) if p.exists()]
+    inside = any(p.samefile(root) for p in here)
+    around = real.exists() and any(p.samefile(real) for p in root.parents)
+    if inside or around:
+        raise OutputError(
+            "the output is the teacher's folder, inside it or around it", where=str(out), hint="choose another --out"
+        )
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    free = disk.free_bytes(folder)
+    if free < num_bytes + SPARE_BYTES:
+        raise OutputError(
+            "there is not enough room on the disk",
+            where=str(folder.parent),
+            expected=f"{num_bytes / 1e9:.2f} GB",
+            found=f"{free / 1e9:.2f} GB free",
+            hint="free some, or write to another disk with --out",
+        )
