@@ -1,0 +1,327 @@
+"""The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
+
+A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
+``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
+from unet_surgery.checkpoint.check import CheckReport, check_student
+from unet_surgery.checkpoint.match import check_shapes
+from unet_surgery.checkpoint.reader import Weights
+from unet_surgery.checkpoint.student import Progress, StudentOptions, write_student
+from unet_surgery.checkpoint.teacher import TeacherFolder, open_teacher
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file
+from unet_surgery.errors import ConfigError, FamilyError, InexpressibleError, OutputError, SurgeryError, UsageError
+from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_of, parse_config
+from unet_surgery.graph.family import describe
+from unet_surgery.hub import ResolvedTeacher, resolve_teacher
+from unet_surgery.lower import (
+    NodeReport,
+    StoredWeights,
+    SurgeryPlan,
+    count,
+    make_plan,
+    report_nodes,
+    shapes_of,
+)
+from unet_surgery.lower.counts import Counts
+from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_family, nearest_for_selection, select
+
+__all__ = [
+    "DTYPES",
+    "ModelReport",
+    "PruneResult",
+    "check",
+    "copy_recipe",
+    "inspect_model",
+    "parse_size",
+    "plan",
+    "plan_families",
+    "prune",
+]
+
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """What :func:`inspect_model` finds."""
+
+    teacher_id: str
+    family: str | None
+    description: str
+    latent_size: tuple[int, int]
+    counts: Counts
+    weights: StoredWeights | None
+    unknown_keys: tuple[str, ...]
+    nodes: tuple[NodeReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """A finished student: its folder, its plan, and whether it is a pipeline or a U-Net alone."""
+
+    folder: Path
+    plan: SurgeryPlan
+    is_pipeline: bool
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+def inspect_model(teacher: str | Path, *, variant: str | None = None) -> ModelReport:
+    """Describe a teacher's U-Net from its config and, where there are weights, their header.
+
+    Raises:
+        TeacherError: there is no U-Net there, or config and weights contradict each other.
+        HubError: the teacher is on the Hub, which cannot be reached.
+    """
+    found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=_no_progress)
+    opened = _open(found, variant, None)
+    config, graph = _graph(opened)
+    stored = None
+    if opened.weights is not None:
+        with opened.open_weights() as weights:
+            check_shapes(shapes_of(graph), weights.shapes(), where=str(opened.unet))
+            stored = weights.stored()
+    return ModelReport(
+        teacher_id=opened.teacher_id,
+        family=family_of(graph),
+        description=describe(graph),
+        latent_size=graph.latent_size,
+        counts=count(graph),
+        weights=stored,
+        unknown_keys=config.unknown_keys,
+        nodes=report_nodes(config, graph),
+    )
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    teacher: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    dtype: str | None = None,
+    teacher_id: str | None = None,
+) -> SurgeryPlan:
+    """Decide the surgery of ``recipe`` on ``teacher`` (default: the recipe's own) without writing anything.
+
+    Reads the config and the weights' header; a folder with config.json alone is enough.
+
+    Raises:
+        RecipeError: the recipe is wrong, for another family, or asks for what stock diffusers cannot express.
+        TeacherError, HubError: as :func:`inspect_model`.
+    """
+    chosen = _recipe(recipe)
+    found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=_no_progress)
+    opened = _open(found, variant, teacher_id)
+    if opened.weights is None:
+        return _plan(chosen, opened, None, dtype)
+    with opened.open_weights() as weights:
+        return _plan(chosen, opened, weights, dtype)
+
+
+def prune(
+    recipe: str | Path | Recipe,
+    teacher: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    dtype: str | None = None,
+    unet_only: bool = False,
+    max_shard_size: str | int = DEFAULT_SHARD_BYTES,
+    link: bool = False,
+    force: bool = False,
+    teacher_id: str | None = None,
+    progress: Progress = _no_progress,
+) -> PruneResult:
+    """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
+
+    The folder is there whole when this returns, and not at all when it raises. Without ``dtype`` (``fp32``, ``fp16``,
+    ``bf16``) every kept weight is the teacher's, bit for bit. A U-Net folder, or ``unet_only``, gives a U-Net folder; a
+    pipeline gives a pipeline. ``link`` hard-links the copied components. ``progress`` gets bytes done and in all.
+
+    Raises:
+        RecipeError, TeacherError, HubError: as :func:`plan`.
+        OutputError: ``out`` exists (without ``force``), has no room, or cannot be written.
+    """
+    chosen = _recipe(recipe)
+    options = StudentOptions(unet_only, parse_size(max_shard_size), link, force)
+    named = _teacher_of(chosen, teacher)
+    _refuse_early(chosen, named, variant, dtype, teacher_id)
+    found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
+    opened = _open(found, variant, teacher_id)
+    target = Path(out) if out is not None else Path(f"{found.name}-{chosen.name}")
+    with opened.open_weights() as weights:
+        decided = _plan(chosen, opened, weights, dtype)
+        write_student(decided, opened, weights, chosen.to_yaml(), target, options, progress)
+    return PruneResult(target, decided, opened.is_pipeline and not unet_only)
+
+
+def check(
+    folder: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    progress: Progress = _no_progress,
+) -> CheckReport:
+    """Check a student folder against its plan and, with ``teacher``, every copied byte against the teacher's.
+
+    Raises:
+        VerificationError: something differs; names the tensors.
+        TeacherError, HubError: ``teacher`` cannot be read, or is another one.
+    """
+    opened = None
+    if teacher is not None:
+        found = resolve_teacher(str(teacher), weights=True, variant=variant, progress=progress)
+        opened = _open(found, variant, None)
+    return check_student(Path(folder), opened, progress)
+
+
+def plan_families(recipe: Recipe) -> dict[str, SurgeryPlan]:
+    """Return family → the plan of ``recipe`` on that family's full-size U-Net, for every family it serves.
+
+    A recipe that names no families is tried on all of them.
+
+    Raises:
+        RecipeError: it fails on a family that it names, or on every one there is.
+    """
+    plans: dict[str, SurgeryPlan] = {}
+    failure: SurgeryError | None = None
+    for family, name in FAMILY_TEACHERS.items():
+        if recipe.families is not None and family not in recipe.families:
+            continue
+        try:
+            plans[family] = _plan(recipe, open_teacher(bundled_folder(name), teacher_id=name), None, None)
+        except SurgeryError as error:
+            if recipe.families is not None:
+                raise
+            failure = failure or error
+    if not plans and failure is not None:
+        raise failure
+    return plans
+
+
+def copy_recipe(name: str, file: Path) -> None:
+    """Write the YAML of a recipe, as it is written, to the new file ``file``.
+
+    Raises:
+        RecipeError: there is no such recipe.
+        OutputError: the file exists or cannot be written.
+    """
+    text = builtin_text(name)
+    try:
+        write_file(file, text.encode())
+    except FileExistsError:
+        raise OutputError("the file exists", where=str(file), hint="choose another name") from None
+    except OSError as error:
+        raise OutputError("the file cannot be written", where=str(file), found=error.strerror) from error
+
+
+def parse_size(text: str | int) -> int:
+    """Return a size in bytes from an integer or text such as ``500MB``, ``5GB`` (decimal) or ``2GiB`` (binary).
+
+    Raises:
+        UsageError: the text is not a size, or not positive.
+    """
+    if isinstance(text, int):
+        size = text
+    else:
+        number = text.strip().upper().rstrip("KMGTIB")
+        unit = text.strip().upper()[len(number) :]
+        try:
+            size = int(float(number) * _UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            size = 0
+    if size <= 0:
+        raise UsageError("this is not a size", expected="a number with a unit, such as 5GB or 500MB", found=repr(text))
+    return size
+
+
+def _recipe(recipe: str | Path | Recipe) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe)
+    if recipe.extends:
+        raise SurgeryError("a Recipe made in Python must list all it removes", hint="load_recipe follows extends")
+    return recipe
+
+
+def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
+    if teacher is not None:
+        return str(teacher)
+    if recipe.teacher is None:
+        raise FamilyError(f"the recipe {recipe.name!r} names no teacher", hint="give one with --teacher")
+    return recipe.teacher
+
+
+def _open(found: ResolvedTeacher, variant: str | None, teacher_id: str | None) -> TeacherFolder:
+    return open_teacher(found.folder, variant=variant, teacher_id=teacher_id or found.teacher_id)
+
+
+def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
+    try:
+        config = parse_config(teacher.config)
+    except ConfigError as error:
+        place = f"{teacher.unet / 'config.json'}"
+        error.where = f"{place}, key {error.where}" if error.where else place
+        raise
+    return config, build(config)
+
+
+def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
+    """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
+    found = resolve_teacher(teacher, weights=False, variant=variant, progress=_no_progress)
+    _plan(recipe, open_teacher(found.folder, teacher_id=teacher_id or found.teacher_id), None, dtype)
+
+
+def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype: str | None) -> SurgeryPlan:
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"there is no dtype {dtype!r}", expected=", ".join(DTYPES))
+    config, graph = _graph(teacher)
+    if weights is not None:
+        check_shapes(shapes_of(graph), weights.shapes(), where=str(teacher.unet))
+    family = family_of(graph)
+    if recipe.families is not None and family not in recipe.families:
+        nearest = nearest_for_family(recipe, family)
+        raise FamilyError(
+            f"the recipe {recipe.name!r} is not for this teacher",
+            where=recipe.families_origin,
+            expected="a U-Net of " + " or ".join(recipe.families),
+            found=f"{teacher.teacher_id} is {describe(graph)}",
+            hint=f"the nearest recipe for it is {nearest!r}" if nearest else "write a recipe without families: for it",
+        )
+    selection = select(recipe, graph)
+    try:
+        return make_plan(
+            config,
+            selection,
+            recipe=recipe.to_data(),
+            teacher_id=teacher.teacher_id,
+            allow_skip_change=recipe.allow_skip_change,
+            weights=None if weights is None else weights.stored(),
+            tensor_bytes=None if weights is None else weights.tensor_bytes(),
+            dtype=None if dtype is None else DTYPES[dtype],
+            teacher=graph,
+        )
+    except InexpressibleError as error:
+        raise _located(error, recipe, graph, selection) from None
+
+
+def _located(error: InexpressibleError, recipe: Recipe, graph: UNetGraph, selection: Selection) -> InexpressibleError:
+    """Add the recipe's line and the nearest recipe that can be expressed."""
+    culprit = next(
+        (selector for path in error.about for node, selector in selection.nodes.items() if node.startswith(path)),
+        None,
+    )
+    error.at(recipe.origin(recipe.remove.index(culprit) if culprit in recipe.remove else 0))
+    nearest = nearest_for_selection(graph, selection)
+    if nearest is not None:
+        error.hint = f"{error.hint}; or use {nearest!r}, the nearest built-in recipe" if error.hint else nearest
+    return error

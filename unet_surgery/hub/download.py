@@ -1,0 +1,116 @@
+"""Fetching a teacher from the Hugging Face Hub into the ordinary Hub cache, only the files that are needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from unet_surgery.checkpoint.layout import UNET_BASE, choose_weights, component_files
+from unet_surgery.errors import HubError, SurgeryError, TeacherError
+
+__all__ = ["download", "needed_files"]
+
+log = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+
+
+def needed_files(names: Sequence[str], *, weights: bool, variant: str | None, unet_only: bool, where: str) -> list[str]:
+    """Return which of a repository's files a surgery needs.
+
+    Raises:
+        TeacherError: the repository holds no U-Net with safetensors weights.
+    """
+    pipeline = INDEX in names
+    unet = "unet/" if pipeline or "unet/config.json" in names else ""
+    if f"{unet}config.json" not in names:
+        raise TeacherError("the repository holds no U-Net", where=where, expected="unet/config.json or config.json")
+    needed = [name for name in (INDEX, f"{unet}config.json") if name in names]
+    if not weights:
+        return needed
+    inside = [name.removeprefix(unet) for name in names if name.startswith(unet) and "/" not in name.removeprefix(unet)]
+    choice = choose_weights(inside, variant, where=where)
+    needed.append(unet + choice.file)
+    if choice.sharded:
+        shards = [n for n in inside if n.startswith(UNET_BASE) and "-of-" in n and n.endswith(".safetensors")]
+        needed += [unet + name for name in shards]
+    if pipeline and not unet_only:
+        folders = sorted({name.partition("/")[0] for name in names if name.count("/") == 1} - {"unet"})
+        for folder in folders:
+            files = [name.partition("/")[2] for name in names if name.startswith(folder + "/") and name.count("/") == 1]
+            needed += [f"{folder}/{name}" for name in component_files(files, variant)]
+    return needed
+
+
+def download(repository: str, revision: str | None, *, weights: bool, variant: str | None, unet_only: bool) -> Path:
+    """Return the local snapshot of ``repository``; files that the Hub cache holds already are not fetched again.
+
+    Where the Hub cannot be reached, what the cache holds is used if it is enough.
+
+    Raises:
+        HubError: the Hub cannot be reached, or refuses; says which, and what to do.
+        TeacherError: the repository holds no U-Net with safetensors weights.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def needed(names: Sequence[str]) -> list[str]:
+        return needed_files(names, weights=weights, variant=variant, unet_only=unet_only, where=repository)
+
+    try:
+        info = HfApi().model_info(repository, revision=revision)
+        files = needed([sibling.rfilename for sibling in info.siblings or ()])
+        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=files))
+    except HfHubHTTPError as error:
+        raise _refused(repository, revision, error) from error
+    except SurgeryError:
+        raise
+    except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
+        cached = _cached(repository, revision)
+        if cached is None:
+            raise _unreachable(repository, error) from error
+        log.warning("the Hub cannot be reached; using the cached copy of %s", repository)
+        needed([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()])
+        return cached
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _refused(repository: str, revision: str | None, error: Exception) -> HubError:
+    name = type(error).__name__
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    shown = f"{repository}@{revision}" if revision else repository
+    if name == "GatedRepoError":
+        return HubError(
+            "the model is gated",
+            where=shown,
+            hint=f"accept its licence at huggingface.co/{repository}, then: hf auth login",
+        )
+    if name == "RevisionNotFoundError":
+        return HubError("the model has no such revision", where=shown, hint="leave @revision out for the main branch")
+    if name == "RepositoryNotFoundError":
+        return HubError(
+            "the Hub has no such model, or it is private",
+            where=shown,
+            hint="check the spelling; for a private model: hf auth login",
+        )
+    return HubError("the Hub refused the request", where=shown, found=f"HTTP {status}" if status else name)
+
+
+def _unreachable(repository: str, error: Exception) -> HubError:
+    return HubError(
+        "the Hugging Face Hub cannot be reached, and the model is not in its cache",
+        where=repository,
+        found=type(error).__name__,
+        hint="give a local folder, or a built-in teacher: --teacher sd-v1-random",
+    )

@@ -1,0 +1,81 @@
+"""``resolve_teacher``: from what the user wrote to a folder on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
+from unet_surgery.checkpoint.student import Progress
+from unet_surgery.checkpoint.teacher import is_hub_id
+from unet_surgery.errors import OutputError, TeacherError, printable
+from unet_surgery.hub.download import download
+
+__all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTeacher:
+    """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders."""
+
+    folder: Path
+    teacher_id: str | None
+    name: str
+
+
+def cache_folder() -> Path:
+    """Return where built-in teachers are written: ``$UNET_SURGERY_CACHE``, else below the user's cache folder."""
+    if own := os.environ.get("UNET_SURGERY_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "unet-surgery"
+
+
+def resolve_teacher(
+    text: str, *, weights: bool, variant: str | None = None, unet_only: bool = False, progress: Progress
+) -> ResolvedTeacher:
+    """Return the folder of the teacher ``text``: an existing path, a built-in name, or ``org/name[@revision]``.
+
+    Without ``weights`` nothing large is made or fetched: configs are enough.
+
+    Raises:
+        TeacherError: it is none of the three; offers the nearest name.
+        HubError: the Hub cannot be reached or has no such model.
+        OutputError: a built-in teacher has no room in the cache.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return ResolvedTeacher(path, None, path.resolve().name)
+    if text in bundled_names():
+        return ResolvedTeacher(_bundled(text, weights, progress), text, text)
+    repository, _, revision = text.partition("@")
+    if is_hub_id(repository):
+        folder = download(repository, revision or None, weights=weights, variant=variant, unet_only=unet_only)
+        return ResolvedTeacher(folder, repository, repository.rpartition("/")[2])
+    close = get_close_matches(text, bundled_names(), n=1)
+    raise TeacherError(
+        f"there is no teacher {printable(text)!r}",
+        expected=f"a folder, a Hub id org/name[@revision], or one of {', '.join(bundled_names())}",
+        hint=f"did you mean {close[0]!r}?" if close else None,
+    )
+
+
+def _bundled(name: str, weights: bool, progress: Progress) -> Path:
+    cached = cache_folder() / name
+    if cached.is_dir():
+        return cached
+    if not weights:
+        return bundled_folder(name)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            "the cache folder cannot be made",
+            where=str(cached.parent),
+            found=error.strerror,
+            hint="set UNET_SURGERY_CACHE to a folder that can be written",
+        ) from error
+    make_bundled(name, cached, progress)
+    return cached

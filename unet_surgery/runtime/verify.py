@@ -1,0 +1,96 @@
+"""``verify``: everything ``check`` does, and then diffusers itself: strict load, finite weights, one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unet_surgery.api import check
+from unet_surgery.checkpoint.check import CheckReport
+from unet_surgery.checkpoint.student import Progress
+from unet_surgery.errors import VerificationError
+from unet_surgery.runtime.load import load_unet
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["VerifyReport", "forward_once", "verify"]
+
+SHOWN = 4
+CONTEXT_TOKENS = 77
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What ``verify`` did: the check, and the shape of the forward's output [batch, channels, height, width]."""
+
+    check: CheckReport
+    output_shape: tuple[int, ...]
+    diffusers_version: str
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+def verify(
+    folder: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    variant: str | None = None,
+    progress: Progress = _no_progress,
+) -> VerifyReport:
+    """Check a student, load it in diffusers (nothing missing, nothing unexpected), and run it once.
+
+    Raises:
+        VerificationError: a check fails, a weight is NaN or infinite (names the tensors), or the output is.
+        MissingExtraError: torch or diffusers is not installed.
+    """
+    report = check(folder, teacher, variant=variant, progress=progress)
+    unet = load_unet(folder)
+    import diffusers
+    import torch
+
+    bad = [name for name, tensor in unet.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise VerificationError(
+            f"{len(bad)} tensors hold NaN or Inf", where=str(report.unet), found=", ".join(bad[:SHOWN]) + more
+        )
+    output = forward_once(unet)
+    if not torch.isfinite(output).all():
+        raise VerificationError("the forward gives NaN or Inf", where=str(report.unet))
+    return VerifyReport(report, tuple(output.shape), diffusers.__version__)
+
+
+def forward_once(unet: UNet2DConditionModel) -> torch.Tensor:
+    """Run ``unet`` on seeded noise [1, in_channels, s, s], the smallest s that its levels allow, in fp32."""
+    import torch
+
+    config = unet.config
+    side = 2 ** len(config.block_out_channels)
+    noise = torch.Generator().manual_seed(0)
+    unet = unet.float().eval()
+    context = config.cross_attention_dim
+    width = context if isinstance(context, int) else max(context)
+    inputs: dict[str, Any] = {}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+    if config.num_class_embeds is not None or config.class_embed_type == "timestep":
+        inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+    elif config.class_embed_type in ("projection", "simple_projection"):
+        inputs["class_labels"] = torch.zeros(1, config.projection_class_embeddings_input_dim)
+    elif config.class_embed_type == "identity":
+        inputs["class_labels"] = torch.zeros(1, unet.time_embedding.linear_2.out_features)
+    with torch.no_grad():
+        output = unet(
+            torch.randn(1, config.in_channels, side, side, generator=noise),
+            torch.tensor(500),
+            encoder_hidden_states=torch.randn(1, CONTEXT_TOKENS, width, generator=noise),
+            **inputs,
+        ).sample
+    assert isinstance(output, torch.Tensor)
+    return output
