@@ -1,0 +1,5 @@
+"""``python -m unet_surgery``."""
+
+from unet_surgery.cli.main import main
+
+main()

@@ -1,0 +1,50 @@
+"""``unet-surgery check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unet_surgery.cli.options import Json, Quiet, Teacher, Variant
+from unet_surgery.cli.sink import command, progress_bar, show, show_json
+
+__all__ = ["Student", "check"]
+
+Student = Annotated[Path, typer.Argument(help="A folder that unet-surgery prune wrote.")]
+
+
+@command
+def check(
+    folder: Student, teacher: Teacher = None, variant: Variant = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Check a student against its plan and, with --teacher, every copied byte against the teacher's. Needs no torch.
+
+    Example: unet-surgery check ./sd-v1-random-bk_tiny --teacher sd-v1-random
+    """
+    from unet_surgery.api import check as run
+    from unet_surgery.cli.format import gigabytes
+
+    with progress_bar("comparing", quiet) as progress:
+        report = run(folder, teacher, variant=variant, progress=progress)
+    if as_json:
+        from dataclasses import asdict
+
+        data = asdict(report)
+        del data["plan"]
+        show_json({**data, "unet": str(report.unet)})
+        return
+    if quiet:
+        return
+    show(f"{folder}: config, {report.num_tensors} tensor names, shapes and dtypes are the plan's")
+    if report.num_zero_tensors:
+        show(f"{report.num_zero_tensors} tensors are zeros, as planned")
+    if teacher is None:
+        show("bytes were not compared: give --teacher")
+    else:
+        show(
+            f"{report.compared_tensors} tensors, {gigabytes(report.compared_bytes)}, equal the teacher's"
+            + (f" after conversion to {report.plan.dtype}" if report.plan.dtype else ", bit for bit")
+            + (f"; so do {report.compared_files} other files" if report.compared_files else "")
+        )

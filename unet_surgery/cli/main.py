@@ -1,0 +1,56 @@
+"""The entry point: the list of commands. Each lives in its own module and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from unet_surgery import __version__
+from unet_surgery.cli.check import check
+from unet_surgery.cli.inspect import inspect
+from unet_surgery.cli.plan import plan
+from unet_surgery.cli.prune import prune
+from unet_surgery.cli.recipes import recipes
+from unet_surgery.cli.sink import set_debug, show
+from unet_surgery.cli.verify import verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="unet-surgery",
+    help="Make Stable Diffusion U-Nets smaller by taking blocks out, declaratively.",
+    epilog="Start with: unet-surgery recipes, then unet-surgery plan --recipe bk_tiny --teacher tiny-random",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        show(f"unet-surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[  # noqa: ARG001  # its callback acts
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+) -> None:
+    set_debug(debug)
+
+
+app.command()(inspect)
+app.command()(plan)
+app.command()(prune)
+app.command()(check)
+app.command()(verify)
+app.add_typer(recipes, name="recipes")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

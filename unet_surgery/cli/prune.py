@@ -1,0 +1,78 @@
+"""``unet-surgery prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unet_surgery.cli.options import Dtype, Quiet, RecipeName, Teacher, TeacherId, Variant
+from unet_surgery.cli.sink import command, progress_bar, say, show
+
+__all__ = ["prune"]
+
+
+@command
+def prune(
+    recipe: RecipeName,
+    teacher: Teacher = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The student's folder. Default: ./<teacher>-<recipe>.")
+    ] = None,
+    variant: Variant = None,
+    dtype: Dtype = None,
+    unet_only: Annotated[bool, typer.Option("--unet-only", help="Write the U-Net alone, not the pipeline.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Split larger weights into files of this size.")
+    ] = "10GB",
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link the pipeline's other files instead of copying.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a student that is there already.")] = False,
+    teacher_id: TeacherId = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the student of a recipe and a teacher: a folder that plain diffusers loads.
+
+    Every kept weight is the teacher's, bit for bit, unless --dtype converts it. The folder is there whole at the
+    end, or not at all. It prints the student's path.
+
+    Example: unet-surgery prune --recipe bk_tiny --teacher ./my-finetune --out ./my-tiny
+    """
+    import time
+
+    from unet_surgery.api import prune as run
+    from unet_surgery.cli.format import change, gigabytes
+    from unet_surgery.lower import quantity
+
+    start = time.perf_counter()
+    with progress_bar("pruning", quiet) as progress:
+        result = run(
+            recipe,
+            teacher,
+            out,
+            variant=variant,
+            dtype=dtype,
+            unet_only=unet_only,
+            max_shard_size=max_shard_size,
+            link=link,
+            force=force,
+            teacher_id=teacher_id,
+            progress=progress,
+        )
+    show(str(result.folder))
+    if quiet:
+        return
+    plan, seconds = result.plan, time.perf_counter() - start
+    before, after = plan.teacher, plan.student
+    kind = "pipeline" if result.is_pipeline else "U-Net"
+    say(
+        f"{plan.recipe['name']} of {plan.teacher_id}: a {kind} with {quantity(after.params)} parameters "
+        f"({change(before.params, after.params)}) and {quantity(after.macs)} MACs ({change(before.macs, after.macs)}); "
+        f"{gigabytes(plan.student_bytes)} of U-Net weights in {seconds:.1f} s"
+    )
+    again = f" --teacher {teacher}" if teacher else ""
+    say(f"next:  unet-surgery check {result.folder}{again}    every byte against the teacher's")
+    say(f"       unet-surgery verify {result.folder}    load and run it in diffusers (needs torch)")
+    say("An untrained student draws broken pictures: distil it from its teacher before use.")

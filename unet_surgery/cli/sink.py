@@ -1,0 +1,149 @@
+"""The one place that prints. stdout is data, stderr is talk, and every error gets one message and its exit code."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from unet_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["Terminated", "command", "error_console", "progress_bar", "say", "set_debug", "show", "show_json", "table"]
+
+PLAIN_WIDTH = 120
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class _State:
+    debug: bool = False
+
+
+_state = _State()
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwind, so that staging folders are cleared, and exit with 143."""
+
+
+def set_debug(on: bool) -> None:
+    """Show tracebacks with errors."""
+    _state.debug = on
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a command: errors become messages and exit codes, signals unwind, warnings of the library are shown."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+        signal.signal(signal.SIGTERM, _on_terminate)
+        try:
+            return function(*args, **kwargs)
+        except SurgeryError as error:
+            _fail(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was left at the output", 130)
+        except Terminated:
+            _fail("terminated; nothing was left at the output", 143)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except typer.Exit:
+            raise
+        except Exception as error:  # noqa: BLE001  # the last resort: no traceback by default
+            hint = "" if _state.debug else "\n  try:      unet-surgery --debug … and report what it shows"
+            _fail(f"error: {type(error).__name__}: {error} (this is a fault of unet-surgery){hint}", 1)
+
+    return guarded
+
+
+def say(text: str) -> None:
+    """Tell the user something: stderr."""
+    typer.echo(text, err=True)
+
+
+def show(data: str | Table) -> None:
+    """Give the user what was asked for: stdout."""
+    if isinstance(data, str):
+        typer.echo(data)
+    else:
+        _console(sys.stdout).print(data)
+
+
+def show_json(data: Any) -> None:
+    """Give data as JSON: stdout."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), title: str = ""
+) -> Table:
+    """Return a plain table; ``right`` are the columns of numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        # Text, not str: what comes from files is never read as markup.
+        result.add_row(*(Text(cell) for cell in row))
+    return result
+
+
+@contextmanager
+def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for bytes done and in all, drawn on stderr when it is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=error_console(), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def error_console() -> Console:
+    """Return rich's console on stderr."""
+    return _console(sys.stderr)
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    if _state.debug:
+        traceback.print_exc()
+    say(message)
+    raise typer.Exit(code) from None
+
+
+def _on_terminate(_number: int, _frame: Any) -> NoReturn:
+    raise Terminated

@@ -1,0 +1,27 @@
+"""``unet-surgery verify``."""
+
+from __future__ import annotations
+
+from unet_surgery.cli.check import Student
+from unet_surgery.cli.options import Quiet, Teacher, Variant
+from unet_surgery.cli.sink import command, progress_bar, show
+
+__all__ = ["verify"]
+
+
+@command
+def verify(folder: Student, teacher: Teacher = None, variant: Variant = None, quiet: Quiet = False) -> None:
+    """Check a student, then load it in diffusers and run it once. Needs torch.
+
+    Fails when a tensor is missing, unexpected, misshaped, NaN or infinite, and names it.
+
+    Example: unet-surgery verify ./sd-v1-random-bk_tiny
+    """
+    from unet_surgery import verify as run
+
+    with progress_bar("comparing", quiet) as progress:
+        report = run(folder, teacher, variant=variant, progress=progress)
+    if not quiet:
+        show(f"{folder}: as planned, {report.check.num_tensors} tensors, all finite")
+        shape = " x ".join(map(str, report.output_shape))
+        show(f"diffusers {report.diffusers_version} loads it, 0 missing, 0 unexpected; a forward gives {shape}, finite")
