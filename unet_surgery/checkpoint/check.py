@@ -82,6 +82,7 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progres
             error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
         ) from error
     with weights:
+        _check_by_reference(weights)
         _check_config(plan, config, unet)
         _check_names(plan, weights, unet)
         zeros = [name for name, source in plan.weights.items() if source is None]
@@ -95,6 +96,22 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progres
             num_bytes = _compare(plan, weights, originals, unet, progress)
         files = _compare_components(folder, teacher) if unet != folder else 0
         return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
+
+
+def _check_by_reference(weights: Weights) -> None:
+    """Let the reference implementation of safetensors read the files as well: two readers must agree."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in weights.files:
+        try:
+            with safe_open(file.path, framework="numpy") as reference:
+                names = set(reference.keys())
+        except SafetensorError as error:
+            raise VerificationError(
+                "the safetensors library cannot read the file", where=str(file.path), found=printable(str(error))
+            ) from error
+        if names != file.header.tensors.keys():
+            raise VerificationError("the safetensors library finds other tensors in the file", where=str(file.path))
 
 
 def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
@@ -174,7 +191,7 @@ def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[by
 
 def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
     count = 0
-    for component in teacher.components:
+    for component in teacher.components():
         for source, target in component.files.items():
             copy = folder / component.name / target
             if not copy.is_file() or not _same_file(component.folder / source, copy):

@@ -24,6 +24,7 @@ __all__ = [
     "fsync_folder",
     "hard_link",
     "make_folder",
+    "make_folders",
     "remove_file",
     "remove_tree",
     "rename_new",
@@ -154,6 +155,11 @@ def hard_link(source: Path, target: Path) -> None:
 def make_folder(path: Path) -> None:
     """Create one folder."""
     path.mkdir()
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and what is missing above it; nothing is done where it exists."""
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def rename_new(source: Path, target: Path) -> None:

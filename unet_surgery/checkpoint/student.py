@@ -52,7 +52,7 @@ def write_student(
         TeacherError: the teacher is damaged or changed meanwhile.
     """
     pipeline = teacher.is_pipeline and not options.unet_only
-    components = teacher.components if pipeline else ()
+    components = teacher.components() if pipeline else ()
     sizes = {} if options.link else {c.folder / f: (c.folder / f).stat().st_size for c in components for f in c.files}
     total = plan.student_bytes + sum(sizes.values())
     _check_apart(out, teacher)

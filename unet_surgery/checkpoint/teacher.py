@@ -38,9 +38,17 @@ class TeacherFolder:
     unet: Path
     config: Mapping[str, Any]
     weights: WeightsChoice | None
+    variant: str | None
     is_pipeline: bool
-    components: tuple[Component, ...]
     teacher_id: str
+
+    def components(self) -> tuple[Component, ...]:
+        """Return what model_index.json names besides the U-Net; nothing for a U-Net folder.
+
+        Raises:
+            TeacherError: a component's folder is missing.
+        """
+        return _components(self.root, self.variant) if self.is_pipeline else ()
 
     def open_weights(self) -> Weights:
         """Open the U-Net's weights.
@@ -97,8 +105,8 @@ def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | No
         unet=unet,
         config=config,
         weights=weights,
+        variant=variant,
         is_pipeline=is_pipeline,
-        components=_components(path, variant) if is_pipeline else (),
         teacher_id=teacher_id or name or LOCAL,
     )
 

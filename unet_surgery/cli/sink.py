@@ -113,6 +113,7 @@ def table(
 def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for bytes done and in all, drawn on stderr when it is a terminal."""
     if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
         yield lambda _done, _total: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -61,7 +61,8 @@ def download(repository: str, revision: str | None, *, weights: bool, variant: s
     try:
         info = HfApi().model_info(repository, revision=revision)
         files = needed([sibling.rfilename for sibling in info.siblings or ()])
-        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=files))
+        # By the name the user gave, not by commit: only so does the cache remember what the name stood for.
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except HfHubHTTPError as error:
         raise _refused(repository, revision, error) from error
     except SurgeryError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
 from unet_surgery.checkpoint.student import Progress
 from unet_surgery.checkpoint.teacher import is_hub_id
@@ -69,7 +70,7 @@ def _bundled(name: str, weights: bool, progress: Progress) -> Path:
     if not weights:
         return bundled_folder(name)
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folders(cached.parent)
     except OSError as error:
         raise OutputError(
             "the cache folder cannot be made",

@@ -1,0 +1,106 @@
+"""Teachers from the Hub: the real client against a stand-in on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, serve
+from teachers import WEIGHTS, entries, folder_bytes
+from test_cli import tool
+
+from unet_surgery.errors import TeacherError
+from unet_surgery.hub.download import needed_files
+
+REPOSITORY = "org/tiny"
+
+
+@pytest.fixture
+def repository(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny pipeline as people push it: beside what is needed, much that is not."""
+    folder = tmp_path / "repository"
+    shutil.copytree(tiny, folder)
+    (folder / "v1-5-pruned.ckpt").write_bytes(b"not needed")
+    (folder / "v1-5-pruned.safetensors").write_bytes(b"not needed")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not needed")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not needed")
+    return folder
+
+
+def client(endpoint: str, cache: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+def test_plan_fetches_configs_only(repository: Path, tmp_path: Path) -> None:
+    with serve(REPOSITORY, repository) as (endpoint, seen):
+        env = client(endpoint, tmp_path / "hf")
+        out, _ = tool("plan", "-r", "bk_tiny", "-t", REPOSITORY, "--json", cwd=tmp_path, env=env)
+    assert json.loads(out)["teacher"]["id"] == REPOSITORY
+    fetched = {
+        request.partition(COMMIT + "/")[2] for request in seen if request.startswith("GET") and COMMIT in request
+    }
+    assert fetched - {""} == {"model_index.json", "unet/config.json"}
+
+
+def test_prune_fetches_what_it_needs_once(repository: Path, tiny: Path, tmp_path: Path) -> None:
+    command = ["prune", "-r", "bk_tiny", "-t", f"{REPOSITORY}@main", "-q"]
+    with serve(REPOSITORY, repository) as (endpoint, seen):
+        env = client(endpoint, tmp_path / "hf")
+        assert tool(*command, cwd=tmp_path, env=env)[0] == "tiny-bk_tiny\n"
+        assert not [request for request in seen if "not" in request or ".bin" in request or ".ckpt" in request]
+        assert not [request for request in seen if "fp16" in request or "v1-5" in request]
+        num_downloads = sum(request.startswith("GET /org/tiny/resolve") for request in seen)
+        tool(*command, "-o", "again", cwd=tmp_path, env=env)
+        assert sum(request.startswith("GET /org/tiny/resolve") for request in seen) == num_downloads
+    # and with the Hub gone, from the cache
+    _, err = tool(*command, "-o", "offline", cwd=tmp_path, env=client("http://127.0.0.1:9", tmp_path / "hf"))
+    assert "using the cached copy" in err
+    students = [folder_bytes(tmp_path / name) for name in ("tiny-bk_tiny", "again", "offline")]
+    assert students[0] == students[1] == students[2]
+    tool("check", "tiny-bk_tiny", "-t", str(tiny), cwd=tmp_path)
+    assert f"base_model: {REPOSITORY}" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ("org/nothing", "no such model"),
+        ("org/gated", "gated"),
+        ("org/tiny@nowhere", "no such revision"),
+    ],
+)
+def test_refusals_are_told_apart(repository: Path, tmp_path: Path, teacher: str, says: str) -> None:
+    with serve(REPOSITORY, repository) as (endpoint, _):
+        _, err = tool(
+            "prune", "-r", "bk_tiny", "-t", teacher, cwd=tmp_path, code=5, env=client(endpoint, tmp_path / "hf")
+        )
+    assert says in err
+    assert teacher.partition("@")[0] in err
+    assert not [name for name in entries(tmp_path) if "bk_tiny" in name]
+
+
+def test_an_unreachable_hub(tmp_path: Path) -> None:
+    env = client("http://127.0.0.1:9", tmp_path / "hf")
+    _, err = tool("prune", "-r", "bk_tiny", cwd=tmp_path, code=5, env=env)
+    assert "CompVis/stable-diffusion-v1-4" in err
+    assert "--teacher sd-v1-random" in err
+
+
+FULL = ["model_index.json", "README.md", "unet/config.json", f"unet/{WEIGHTS}", "vae/config.json", f"vae/{WEIGHTS}",
+        "text_encoder/pytorch_model.bin", "text_encoder/model.safetensors", "text_encoder/config.json", "x.ckpt",
+        "vae/diffusion_pytorch_model.fp16.safetensors", "tokenizer/vocab.json"]  # fmt: skip
+
+
+def test_needed_files() -> None:
+    needed = needed_files(FULL, weights=True, variant=None, unet_only=False, where="x")
+    assert set(needed) == set(FULL) - {
+        "README.md", "x.ckpt", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
+    }  # fmt: skip
+    alone = needed_files(FULL, weights=True, variant=None, unet_only=True, where="x")
+    assert set(alone) == {"model_index.json", "unet/config.json", f"unet/{WEIGHTS}"}
+    bare = needed_files(["config.json", WEIGHTS], weights=True, variant=None, unet_only=False, where="x")
+    assert set(bare) == {"config.json", WEIGHTS}
+    with pytest.raises(TeacherError, match="no U-Net"):
+        needed_files(["model.safetensors"], weights=True, variant=None, unet_only=False, where="x")
