@@ -77,13 +77,14 @@ def download(repository: str, revision: str | None, *, weights: bool, variant: s
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Return the cached snapshot that holds the U-Net's config, however much else it holds."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
+    for name in ("unet/config.json", "config.json"):
+        found = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parents[name.count("/")]
+    return None
 
 
 def _refused(repository: str, revision: str | None, error: Exception) -> HubError:
