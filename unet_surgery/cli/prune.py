@@ -70,7 +70,7 @@ def prune(
     say(
         f"{plan.recipe['name']} of {plan.teacher_id}: a {kind} with {quantity(after.params)} parameters "
         f"({change(before.params, after.params)}) and {quantity(after.macs)} MACs ({change(before.macs, after.macs)}); "
-        f"{gigabytes(plan.student_bytes)} of U-Net weights in {seconds:.1f} s"
+        f"{gigabytes(plan.student_bytes)} of U-Net weights; {seconds:.1f} s in all"
     )
     again = f" --teacher {teacher}" if teacher else ""
     say(f"next:  unet-surgery check {result.folder}{again}    every byte against the teacher's")

@@ -52,7 +52,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+        logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
         signal.signal(signal.SIGTERM, _on_terminate)
         try:
             return function(*args, **kwargs)
@@ -112,6 +112,7 @@ def table(
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for bytes done and in all, drawn on stderr when it is a terminal."""
+    logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
         yield lambda _done, _total: None

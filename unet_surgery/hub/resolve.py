@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,6 +16,9 @@ from unet_surgery.errors import OutputError, TeacherError, printable
 from unet_surgery.hub.download import download
 
 __all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,5 +82,6 @@ def _bundled(name: str, weights: bool, progress: Progress) -> Path:
             found=error.strerror,
             hint="set UNET_SURGERY_CACHE to a folder that can be written",
         ) from error
+    log.info("making %s with random weights in %s, once", name, cached)
     make_bundled(name, cached, progress)
     return cached
