@@ -43,6 +43,7 @@ class Weights:
         for file in files:
             for name, info in file.header.tensors.items():
                 if name in self._where:
+                    self.close()
                     raise ContainerError(
                         "a tensor stands in two shards",
                         where=f"{file.path}, tensor {printable(name)}",
@@ -50,14 +51,18 @@ class Weights:
                     )
                 self._where[name] = (file, info)
 
+    def close(self) -> None:
+        """Close the files; nothing can be read any more."""
+        for file in self.files:
+            os.close(file.fd)
+
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self.files:
-            os.close(file.fd)
+        self.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -115,7 +120,7 @@ def open_weights(folder: Path, choice: WeightsChoice) -> Weights:
     try:
         _check_index(weights, weight_map, index_path)
     except BaseException:
-        weights.__exit__(None, None, None)
+        weights.close()
         raise
     return weights
 
