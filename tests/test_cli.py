@@ -51,7 +51,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert out == "tiny-random-bk_tiny\n"  # stdout is data: the path, for scripts
     assert "next:  unet-surgery check" in err
     out, _ = tool("check", "tiny-random-bk_tiny", "--teacher", "tiny-random", cwd=tmp_path)
-    assert "358 tensors, 3.3 MB, equal the teacher's, bit for bit; so do 9 other files" in out
+    assert "358 tensors, 3.3 MB, equal the teacher's, bit for bit; so do 10 other files" in out
     out, _ = tool("verify", "tiny-random-bk_tiny", cwd=tmp_path)
     assert "0 missing, 0 unexpected" in out
     assert tool("prune", "-r", "bk_tiny", "-t", "tiny-random", cwd=tmp_path, code=4)[0] == ""
@@ -143,6 +143,9 @@ ERRORS = [
     (["plan", "-r", "bk_tiny", "-t", "tiny-random", "--dtype", "fp8"], 2, "fp16"),
     (["prune", "-r", "bk_tiny", "-t", "tiny-random", "--max-shard-size", "big"], 2, "not a size"),
     (["prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", "no/such/folder"], 4, "does not exist"),
+    (["check", "nowhere"], 2, "no such folder"),
+    (["plan", "-r", "bk_tiny", "-t", ""], 2, "empty"),
+    (["prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", ""], 4, "output"),
     (["check", "."], 6, "no readable plan.json"),
     (["verify", "."], 6, "no readable plan.json"),
     (["recipes", "show", "x.yaml"], 2, "no recipe file"),

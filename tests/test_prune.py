@@ -365,7 +365,7 @@ def test_an_existing_output_is_not_touched(teacher: Path, tmp_path: Path) -> Non
     (out / "mine.txt").write_text("precious")
     with pytest.raises(OutputError, match="exists"):
         unet_surgery.prune("bk_tiny", teacher, out)
-    with pytest.raises(OutputError, match="holds no plan.json"):
+    with pytest.raises(OutputError, match="replaces students only"):
         unet_surgery.prune("bk_tiny", teacher, out, force=True)
     assert folder_bytes(out) == {"mine.txt": b"precious"}
 
@@ -426,7 +426,9 @@ def test_short_counts_are_continued(teacher: Path, tmp_path: Path, monkeypatch: 
     assert folder_bytes(unet_surgery.prune("bk_tiny", teacher, tmp_path / "b").folder) == folder_bytes(whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_signals_leave_nothing_half_written(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
     """A real process, stopped while it writes; after SIGKILL the next run clears what is left, and says so."""
     script = (

@@ -14,9 +14,17 @@ from unet_surgery.checkpoint.check import CheckReport, check_student
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.student import Progress, StudentOptions, write_student
-from unet_surgery.checkpoint.teacher import TeacherFolder, open_teacher
+from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file
-from unet_surgery.errors import ConfigError, FamilyError, InexpressibleError, OutputError, SurgeryError, UsageError
+from unet_surgery.errors import (
+    ConfigError,
+    FamilyError,
+    InexpressibleError,
+    OutputError,
+    SurgeryError,
+    UsageError,
+    printable,
+)
 from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_of, parse_config
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, resolve_teacher
@@ -153,12 +161,14 @@ def prune(
         OutputError: ``out`` exists (without ``force``), has no room, or cannot be written.
     """
     chosen = _recipe(recipe)
+    if out is not None and not str(out).strip():
+        raise UsageError("the output is empty text", hint="give a folder that does not exist yet")
     options = StudentOptions(unet_only, parse_size(max_shard_size), link, force)
     named = _teacher_of(chosen, teacher)
     _refuse_early(chosen, named, variant, dtype, teacher_id)
     found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
     opened = _open(found, variant, teacher_id)
-    target = Path(out) if out is not None else Path(f"{found.name}-{chosen.name}")
+    target = Path(f"{found.name}-{chosen.name}" if out is None else out)
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
         write_student(decided, opened, weights, chosen.to_yaml(), target, options, progress)
@@ -255,6 +265,8 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
 
 def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
     if teacher is not None:
+        if not str(teacher):
+            raise UsageError("the teacher is empty text", hint="give a folder, a Hub id or a built-in name")
         return str(teacher)
     if recipe.teacher is None:
         raise FamilyError(f"the recipe {recipe.name!r} names no teacher", hint="give one with --teacher")
@@ -262,6 +274,8 @@ def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
 
 
 def _open(found: ResolvedTeacher, variant: str | None, teacher_id: str | None) -> TeacherFolder:
+    if teacher_id is not None and not is_hub_id(teacher_id):
+        raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
     return open_teacher(found.folder, variant=variant, teacher_id=teacher_id or found.teacher_id)
 
 
@@ -278,7 +292,7 @@ def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
 def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
     """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
     found = resolve_teacher(teacher, weights=False, variant=variant, progress=_no_progress)
-    _plan(recipe, open_teacher(found.folder, teacher_id=teacher_id or found.teacher_id), None, dtype)
+    _plan(recipe, _open(found, variant, teacher_id), None, dtype)
 
 
 def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype: str | None) -> SurgeryPlan:
@@ -294,7 +308,7 @@ def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype
             f"the recipe {recipe.name!r} is not for this teacher",
             where=recipe.families_origin,
             expected="a U-Net of " + " or ".join(recipe.families),
-            found=f"{teacher.teacher_id} is {describe(graph)}",
+            found=describe(graph),
             hint=f"the nearest recipe for it is {nearest!r}" if nearest else "write a recipe without families: for it",
         )
     selection = select(recipe, graph)

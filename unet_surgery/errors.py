@@ -22,6 +22,8 @@ is the message the command line shows.
 
 from __future__ import annotations
 
+from typing import Self
+
 __all__ = [
     "ConfigError",
     "ContainerError",
@@ -83,7 +85,7 @@ class SurgeryError(Exception):
                 lines.append(f"  {label + ':':<10}{value}")
         return "\n".join(lines)
 
-    def at(self, where: str) -> SurgeryError:
+    def at(self, where: str) -> Self:
         """Fill in ``where`` if it is still empty and return the error itself, ready to be raised again."""
         if self.where is None:
             self.where = where
@@ -97,9 +99,13 @@ class UsageError(SurgeryError):
 
 
 class RecipeError(SurgeryError):
-    """A recipe file cannot be read, or says something that makes no sense."""
+    """A recipe file cannot be read, or says something that makes no sense.
+
+    ``path`` leads to the wrong value in the recipe's data, such as ``("remove", 2)``.
+    """
 
     exit_code = 2
+    path: tuple[str | int, ...] = ()
 
 
 class SelectorError(RecipeError):

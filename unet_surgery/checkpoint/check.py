@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.reader import Weights, open_weights
-from unet_surgery.checkpoint.student import CONFIG, PLAN, Progress
-from unet_surgery.checkpoint.teacher import TeacherFolder
+from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, Progress
+from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder, check_component, component_names
 from unet_surgery.checkpoint.writer import student_tensors
-from unet_surgery.errors import SurgeryError, TeacherError, VerificationError, printable
+from unet_surgery.errors import SurgeryError, TeacherError, UsageError, VerificationError, printable
 from unet_surgery.graph import build, parse_config
-from unet_surgery.lower import SurgeryPlan, shapes_of
+from unet_surgery.lower import SurgeryPlan, count, shapes_of
 
 __all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
 
@@ -71,6 +73,8 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progres
         VerificationError: something is not as planned; names the tensors.
         TeacherError: ``teacher`` is not the one of the plan, or cannot be read.
     """
+    if not folder.is_dir():
+        raise UsageError("there is no such folder", where=str(folder))
     plan = read_plan(folder)
     unet = unet_folder(folder)
     try:
@@ -83,6 +87,7 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progres
         ) from error
     with weights:
         _check_by_reference(weights)
+        _check_plan(plan, folder)
         _check_config(plan, config, unet)
         _check_names(plan, weights, unet)
         zeros = [name for name, source in plan.weights.items() if source is None]
@@ -112,6 +117,31 @@ def _check_by_reference(weights: Weights) -> None:
             ) from error
         if names != file.header.tensors.keys():
             raise VerificationError("the safetensors library finds other tensors in the file", where=str(file.path))
+
+
+def _check_plan(plan: SurgeryPlan, folder: Path) -> None:
+    """What the plan and the files beside it say twice must agree; a pipeline must have the parts that it names."""
+    for side, config, counts in (
+        ("teacher", plan.teacher_config, plan.teacher),
+        ("student", plan.student_config, plan.student),
+    ):
+        if count(build(parse_config(config))) != counts:
+            raise VerificationError("the plan's sizes are not those of its config", where=f"{folder / PLAN}, {side}")
+    try:
+        recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise VerificationError("the recipe cannot be read", where=str(folder / RECIPE), found=str(error)) from error
+    if recipe != plan.recipe:
+        raise VerificationError("the recipe is not the plan's", where=str(folder / RECIPE), hint="prune again")
+    if unet_folder(folder) == folder:
+        return
+    try:
+        for name in component_names(folder):
+            check_component(folder / name, os.listdir(folder / name) if (folder / name).is_dir() else ())
+    except TeacherError as error:
+        raise VerificationError(
+            error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
+        ) from error
 
 
 def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
@@ -190,14 +220,18 @@ def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[by
 
 
 def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
-    count = 0
+    if not _same_file(teacher.root / INDEX, folder / INDEX):
+        raise VerificationError(
+            "a copied file differs from the teacher's", where=str(folder / INDEX), hint="prune again"
+        )
+    num_files = 1
     for component in teacher.components():
         for source, target in component.files.items():
             copy = folder / component.name / target
             if not copy.is_file() or not _same_file(component.folder / source, copy):
                 raise VerificationError("a copied file differs from the teacher's", where=str(copy), hint="prune again")
-            count += 1
-    return count
+            num_files += 1
+    return num_files
 
 
 def _same_file(a: Path, b: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from unet_surgery.checkpoint.jsonfile import parse_object
 from unet_surgery.errors import ContainerError, printable
 
-__all__ = ["DTYPE_BITS", "DTYPE_ORDER", "Header", "TensorInfo", "encode_header", "read_header"]
+__all__ = ["DTYPE_BITS", "DTYPE_ORDER", "Header", "TensorInfo", "encode_header", "read_header", "recognise"]
 
 MAX_HEADER_BYTES = 8 << 20
 MAX_TENSOR_NAME = 512
@@ -51,7 +51,7 @@ DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 
 NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle"),
-    (b"\x80", "a pickle"),
+    *((bytes((0x80, protocol)), "a pickle") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer: the weights themselves were not downloaded"),
     (b"<", "an HTML or XML page: probably an error page saved as weights"),
     (b"GGUF", "a GGUF file"),
@@ -87,14 +87,14 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
     """
     file_bytes = os.fstat(fd).st_size
     prefix = os.pread(fd, 64, 0)
-    for magic, what in NOT_SAFETENSORS:
-        if prefix.lstrip()[: len(magic)] == magic and not _plausible_length(prefix, file_bytes):
-            raise ContainerError(
-                "this is not a safetensors file",
-                where=name,
-                found=what,
-                hint="download or convert the safetensors weights; pickles are never opened",
-            )
+    what = recognise(prefix, file_bytes)
+    if what is not None:
+        raise ContainerError(
+            "this is not a safetensors file",
+            where=name,
+            found=what,
+            hint="download or convert the safetensors weights; pickles are never opened",
+        )
     if len(prefix) < 8:
         raise ContainerError(
             "the file is too short for a safetensors file",
@@ -146,8 +146,12 @@ def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
-def _plausible_length(prefix: bytes, file_bytes: int) -> bool:
-    return len(prefix) >= 9 and int.from_bytes(prefix[:8], "little") <= file_bytes - 8 and prefix[8:9] == b"{"
+def recognise(start: bytes, file_bytes: int) -> str | None:
+    """Return what a file of this size and these first bytes is, if it is something known and not safetensors."""
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file_bytes - 8:
+        return None
+    text = start.lstrip()
+    return next((what for magic, what in NOT_SAFETENSORS if text.startswith(magic)), None)
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:

@@ -50,12 +50,12 @@ def choose_weights(names: Collection[str], variant: str | None, *, where: str, b
     if variant is None and len(choices) == 1:
         return next(iter(choices.values()))
     if choices:
-        options = ", ".join(f"--variant {v}" if v else "no --variant" for v in sorted(choices, key=lambda v: v or ""))
+        options = ", ".join(f"--variant {v}" if v else "plain weights" for v in sorted(choices, key=lambda v: v or ""))
         raise TeacherError(
             f"there are no weights of variant {variant!r}" if variant else "there are several variants of the weights",
             where=where,
             found=options,
-            hint="choose one of these",
+            hint="leave --variant out" if None in choices else "choose one of these",
         )
     pickles = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
     raise TeacherError(

@@ -142,7 +142,9 @@ def _open(path: Path) -> OpenFile:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise TeacherError("a weights file cannot be opened", where=str(path), found=error.strerror) from error
+        raise TeacherError(
+            "a weights file cannot be opened", where=str(path), found=error.strerror, hint="download the teacher again"
+        ) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -26,13 +27,15 @@ SUFFIX = ".unet-surgery"
 class Staging:
     """A context manager: write below ``folder``, then :meth:`commit`; anything else leaves nothing behind.
 
+    An existing target is replaced only with ``replace``, which is called with it and raises if it must stay.
+
     Raises:
-        OutputError: the target exists (without ``force``), cannot be created, or another process is writing it.
+        OutputError: the target exists, cannot be created, or another process is writing it.
     """
 
-    def __init__(self, target: Path, *, force: bool = False) -> None:
+    def __init__(self, target: Path, *, replace: Callable[[Path], None] | None = None) -> None:
         self.target = Path(os.path.abspath(target))
-        self.force = force
+        self.replace = replace
         self.folder = self.target.parent / f".{self.target.name}{SUFFIX}"
         self._lock_fds: list[int] = []
         self._gone = False
@@ -51,7 +54,7 @@ class Staging:
         """Force the staged folders to disk and put the whole in place."""
         for root, _, _ in os.walk(self.folder, topdown=False):
             disk.fsync_folder(Path(root))
-        if self.force and os.path.lexists(self.target):
+        if self.replace is not None and os.path.lexists(self.target):
             self._check_target()
             self._replace()
         else:
@@ -91,16 +94,12 @@ class Staging:
                 expected="a folder, or nothing",
                 hint="choose another --out",
             )
-        if target.exists() and not self.force:
-            raise OutputError(
-                "the output folder exists", where=str(target), hint="choose another --out, or --force to replace it"
-            )
-        if target.exists() and any(target.iterdir()) and not (target / "plan.json").is_file():
-            raise OutputError(
-                "--force replaces students only, and this folder holds no plan.json",
-                where=str(target),
-                hint="move it away yourself, or choose another --out",
-            )
+        if target.exists():
+            if self.replace is None:
+                raise OutputError(
+                    "the output folder exists", where=str(target), hint="choose another --out, or --force to replace it"
+                )
+            self.replace(target)
         if not target.parent.is_dir():
             raise OutputError(
                 "the folder that should hold the output does not exist",

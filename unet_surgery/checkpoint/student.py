@@ -10,12 +10,14 @@ from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.card import write_card
+from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.checkpoint.layout import is_weights_file
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file, write_weights
-from unet_surgery.errors import OutputError, TeacherError
-from unet_surgery.lower import SurgeryPlan
+from unet_surgery.errors import OutputError, SurgeryError, TeacherError, printable
+from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 
 __all__ = ["CONFIG", "PLAN", "RECIPE", "Progress", "StudentOptions", "config_text", "write_student"]
 
@@ -56,7 +58,7 @@ def write_student(
     sizes = {} if options.link else {c.folder / f: (c.folder / f).stat().st_size for c in components for f in c.files}
     total = plan.student_bytes + sum(sizes.values())
     _check_apart(out, teacher)
-    with Staging(out, force=options.force) as staging:
+    with Staging(out, replace=_check_replaceable if options.force else None) as staging:
         _check_space(staging.folder, total)
         done = 0
 
@@ -86,6 +88,35 @@ def write_student(
 def config_text(plan: SurgeryPlan) -> bytes:
     """Return the student's config.json, as diffusers writes it."""
     return (json.dumps(plan.student_config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_replaceable(folder: Path) -> None:
+    """``force`` replaces an empty folder or a student with nothing added to it: nothing of the user's may be lost."""
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return
+    try:
+        is_student = read_object(folder / PLAN).get("format") == PLAN_FORMAT
+    except SurgeryError:
+        is_student = False
+    if not is_student:
+        raise OutputError(
+            "--force replaces students only, and this folder is not one",
+            where=str(folder),
+            expected=f"a {PLAN} that unet-surgery wrote",
+            hint="move it away yourself, or choose another --out",
+        )
+    own = {CONFIG, PLAN, RECIPE, CARD, INDEX, "unet"}
+    if INDEX in names:
+        own |= read_object(folder / INDEX).keys()
+    added = sorted(name for name in names - own if not is_weights_file(name))
+    if added:
+        raise OutputError(
+            "--force would delete files that prune did not write",
+            where=str(folder),
+            found=", ".join(printable(name) for name in added[:4]) + (" …" if len(added) > 4 else ""),
+            hint="move them away, or choose another --out",
+        )
 
 
 def _copy_component_file(source: Path, target: Path, link: bool, on_bytes: disk.OnBytes) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unet_surgery.checkpoint.header import NOT_SAFETENSORS
+from unet_surgery.checkpoint.header import recognise
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights, component_files, is_weights_file
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.errors import TeacherError, printable
 
-__all__ = ["Component", "TeacherFolder", "is_hub_id", "open_teacher"]
+__all__ = ["Component", "TeacherFolder", "check_component", "component_names", "is_hub_id", "open_teacher"]
+
+log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 LOCAL = "local"
@@ -84,12 +87,13 @@ def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | No
     else:
         unet = path
     if not (unet / "config.json").is_file():
-        found = sorted(p.name for p in path.iterdir())[:6]
+        names = sorted(p.name for p in path.iterdir())
+        shown = ", ".join(map(printable, names[:6])) + (" …" if len(names) > 6 else "")
         raise TeacherError(
             "there is no U-Net in this folder",
             where=str(path),
             expected=f"{INDEX} with unet/config.json, or config.json",
-            found=", ".join(map(printable, found)) or "an empty folder",
+            found=shown or "an empty folder",
         )
     config = read_object(unet / "config.json")
     name = config.get("_name_or_path")
@@ -98,8 +102,10 @@ def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | No
         name = None
     names = [p.name for p in unet.iterdir()]
     weights = None
-    if variant is not None or any(is_weights_file(n) for n in names):
+    if any(is_weights_file(n) for n in names):
         weights = choose_weights(names, variant, where=str(unet))
+        if weights.variant != variant:
+            log.info("the only weights there are of variant %s: taking these", weights.variant)
     return TeacherFolder(
         root=path,
         unet=unet,
@@ -114,22 +120,57 @@ def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | No
 def _components(root: Path, variant: str | None) -> tuple[Component, ...]:
     """Return the components that model_index.json names, except the U-Net."""
     components = []
-    for name, entry in sorted(read_object(root / INDEX).items()):
-        if name.startswith("_") or not isinstance(entry, list) or name == "unet":
-            continue
-        if len(entry) != 2 or entry[0] is None or entry[1] is None:
-            continue
+    for name in component_names(root):
         folder = root / name
         if Path(name).name != name or not folder.is_dir():
-            raise TeacherError(
-                "a component of the pipeline is missing",
-                where=str(root / INDEX),
-                expected=f"a folder {printable(name)}/",
-                hint="--unet-only writes the U-Net without the rest",
-            )
-        files = component_files(sorted(p.name for p in folder.iterdir() if p.is_file()), variant)
+            raise _incomplete(root / INDEX, f"a folder {printable(name)}/")
+        paths = sorted(folder.iterdir())
+        dangling = [path for path in paths if path.is_symlink() and not path.exists()]
+        if dangling:
+            raise _incomplete(dangling[0], "a link that leads somewhere")
+        files = component_files([path.name for path in paths if path.is_file()], variant)
+        check_component(folder, files.values())
         components.append(Component(name, folder, files))
     return tuple(components)
+
+
+def component_names(root: Path) -> list[str]:
+    """Return the components besides the U-Net that model_index.json names.
+
+    Raises:
+        TeacherError: it is not there, or names no U-Net.
+    """
+    index = read_object(root / INDEX)
+    present = {
+        name: entry
+        for name, entry in index.items()
+        if not name.startswith("_") and isinstance(entry, list) and len(entry) == 2 and None not in entry
+    }
+    if "unet" not in present:
+        raise TeacherError("the pipeline names no U-Net", where=str(root / INDEX), expected='"unet": [library, class]')
+    return sorted(present.keys() - {"unet"})
+
+
+def check_component(folder: Path, names: Collection[str]) -> None:
+    """Check that a component is whole: not empty, and config.json and weights only together.
+
+    Raises:
+        TeacherError: something is missing.
+    """
+    if not names:
+        raise _incomplete(folder, "files")
+    has_config, has_weights = "config.json" in names, any(is_weights_file(name) for name in names)
+    if has_config != has_weights:
+        raise _incomplete(folder, "weights beside config.json" if has_config else "config.json beside the weights")
+
+
+def _incomplete(where: Path, expected: str) -> TeacherError:
+    return TeacherError(
+        "a component of the pipeline is missing or incomplete",
+        where=str(where),
+        expected=expected,
+        hint="--unet-only writes the U-Net without the rest",
+    )
 
 
 def _not_a_folder(path: Path) -> TeacherError:
@@ -138,8 +179,7 @@ def _not_a_folder(path: Path) -> TeacherError:
     if not path.is_file():
         return TeacherError("the teacher is not a folder", where=str(path))
     with path.open("rb") as file:
-        start = file.read(64).lstrip()
-    what = next((label for magic, label in NOT_SAFETENSORS if start.startswith(magic)), "a single file")
+        what = recognise(file.read(64), path.stat().st_size) or "a single file"
     return TeacherError(
         "the teacher is a file, not a folder",
         where=str(path),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unet_surgery.cli.options import Json, Quiet, Teacher, Variant
+from unet_surgery.cli.options import Compared, Json, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show, show_json
 
 __all__ = ["Student", "check"]
@@ -17,7 +17,7 @@ Student = Annotated[Path, typer.Argument(help="A folder that unet-surgery prune 
 
 @command
 def check(
-    folder: Student, teacher: Teacher = None, variant: Variant = None, as_json: Json = False, quiet: Quiet = False
+    folder: Student, teacher: Compared = None, variant: Variant = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
     """Check a student against its plan and, with --teacher, every copied byte against the teacher's. Needs no torch.
 

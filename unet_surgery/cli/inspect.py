@@ -29,7 +29,7 @@ def inspect(teacher: TeacherArgument, variant: Variant = None, as_json: Json = F
         return
     height, width = report.latent_size
     whole = report.counts
-    show(f"{report.teacher_id}: {report.description}")
+    show(f"{teacher}: {report.description}")
     show(
         f"{whole.params:,} parameters in {whole.tensors} tensors; {quantity(whole.macs)} MACs "
         f"(conv + linear), {quantity(whole.macs_all)} (all) at {height}x{width}"
@@ -40,7 +40,7 @@ def inspect(teacher: TeacherArgument, variant: Variant = None, as_json: Json = F
     indent = {"layer": 1, "attention": 2, "sampler": 1}
     rows = []
     for node in report.nodes:
-        depth = indent.get(node.kind, 0) if not node.selector.startswith("mid") else int(node.kind == "attention")
+        depth = indent.get(node.kind, 0) if not node.selector.startswith("mid") else int(node.kind != "mid")
         how = {"alone": "yes", "with": "with " + ", ".join(node.together), "no": "no"}[node.removable]
         rows.append(
             (

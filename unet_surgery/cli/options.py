@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Dtype", "Json", "Quiet", "RecipeName", "Teacher", "TeacherArgument", "TeacherId", "Variant"]
+__all__ = ["Compared", "Dtype", "Json", "Quiet", "RecipeName", "Teacher", "TeacherArgument", "TeacherId", "Variant"]
 
 TEACHER_HELP = (
     "A diffusers folder (pipeline or U-Net), a Hub id org/name[@revision], or a built-in name: "
@@ -17,6 +17,10 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A built-in recipe (see: unet-surgery recipes) or a YAML file.")
 ]
 Teacher = Annotated[str | None, typer.Option("--teacher", "-t", help=f"{TEACHER_HELP} Default: the recipe's own.")]
+Compared = Annotated[
+    str | None,
+    typer.Option("--teacher", "-t", help=f"Compare with this teacher. {TEACHER_HELP} Default: compare nothing."),
+]
 TeacherArgument = Annotated[str, typer.Argument(help=TEACHER_HELP)]
 TeacherId = Annotated[str | None, typer.Option("--teacher-id", help="What the card calls a local teacher: its Hub id.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Take the weights of this variant, such as fp16.")]
@@ -24,4 +28,4 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Convert weights to fp32, fp16 or bf16. Default: copy them as they are.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; results and errors only.")]

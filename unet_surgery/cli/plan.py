@@ -35,16 +35,16 @@ def plan(
     if as_json:
         show(decided.to_json().rstrip("\n"))
     else:
-        show_plan(decided)
+        show_plan(decided, teacher)
 
 
-def show_plan(plan: SurgeryPlan) -> None:
+def show_plan(plan: SurgeryPlan, teacher: str | None = None) -> None:
     """Print a plan: sizes, stages, config, skips, what is unused and why, what will be written."""
     from unet_surgery.cli.format import change, gigabytes, value, weights_line
     from unet_surgery.lower import quantity
 
     before, after = plan.teacher, plan.student
-    show(f"{plan.recipe['name']} on {plan.teacher_id}" + (f" ({plan.family})" if plan.family else ""))
+    show(f"{plan.recipe['name']} on {teacher or plan.teacher_id}" + (f" ({plan.family})" if plan.family else ""))
     show(weights_line(plan.teacher_weights))
     rows = [("parameters", f"{before.params:,}", f"{after.params:,}", change(before.params, after.params))]
     rows.append(("tensors", str(before.tensors), str(after.tensors), change(before.tensors, after.tensors)))
@@ -76,9 +76,12 @@ def show_plan(plan: SurgeryPlan) -> None:
     for skipped in plan.skipped:
         show(f"skipped: {skipped.parent} has no {skipped.missing} ({skipped.selector})")
     for bypassed in plan.bypassed:
+        why = "its stage keeps other attentions"
+        if bypassed.attention.startswith("mid_block"):
+            why = "stock diffusers has no mid of two resnets without one"
         show(
-            f"bypassed: {bypassed.attention}: {bypassed.params_left:,} parameters stay, because its stage keeps other "
-            "attentions; its proj_out is zeroed, so it adds nothing"
+            f"bypassed: {bypassed.attention}: {bypassed.params_left:,} parameters stay, because {why}; its proj_out is "
+            "zeroed, so it adds nothing"
         )
     if plan.carried_keys:
         show(f"config keys that diffusers does not know, carried along: {', '.join(plan.carried_keys)}")

@@ -40,12 +40,20 @@ def prune(
 
     Example: unet-surgery prune --recipe bk_tiny --teacher ./my-finetune --out ./my-tiny
     """
+    import shlex
     import time
 
     from unet_surgery.api import prune as run
     from unet_surgery.cli.format import change, gigabytes
+    from unet_surgery.errors import OutputError
     from unet_surgery.lower import quantity
 
+    if out is not None and out.exists() and Path.cwd().is_relative_to(out.resolve()):
+        raise OutputError(
+            "the output is the working directory, or around it",
+            where=str(out),
+            hint="go to its parent folder first: replacing it would take the ground from under the shell",
+        )
     start = time.perf_counter()
     with progress_bar("pruning", quiet) as progress:
         result = run(
@@ -68,11 +76,13 @@ def prune(
     before, after = plan.teacher, plan.student
     kind = "pipeline" if result.is_pipeline else "U-Net"
     say(
-        f"{plan.recipe['name']} of {plan.teacher_id}: a {kind} with {quantity(after.params)} parameters "
+        f"{plan.recipe['name']} of {teacher or plan.teacher_id}: a {kind} with {quantity(after.params)} parameters "
         f"({change(before.params, after.params)}) and {quantity(after.macs)} MACs ({change(before.macs, after.macs)}); "
         f"{gigabytes(plan.student_bytes)} of U-Net weights; {seconds:.1f} s in all"
     )
-    again = f" --teacher {teacher}" if teacher else ""
-    say(f"next:  unet-surgery check {result.folder}{again}    every byte against the teacher's")
-    say(f"       unet-surgery verify {result.folder}    load and run it in diffusers (needs torch)")
+    student = shlex.quote(str(result.folder))
+    again = f" --teacher {shlex.quote(teacher or str(plan.recipe.get('teacher')))}"
+    again += f" --variant {shlex.quote(variant)}" if variant else ""
+    say(f"next:  unet-surgery check {student}{again}    every byte against the teacher's")
+    say(f"       unet-surgery verify {student}    load and run it in diffusers (needs torch)")
     say("An untrained student draws broken pictures: distil it from its teacher before use.")

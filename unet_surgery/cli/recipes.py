@@ -121,14 +121,14 @@ def diff_recipes(a: Name, b: Name) -> None:
             if selector not in other:
                 show(f"{sign} {selector}")
     same = sum(selector in second.remove for selector in first.remove)
-    show(f"{same} selectors in both; - is only in {first.name}, + only in {second.name}")
+    show(f"{same} selectors in both; - is only in {a}, + only in {b}")
     plans = plan_families(first), plan_families(second)
     rows = [
         (family, *(f"{quantity(p[family].student.params)} ({_kept(p[family])})" if family in p else "–" for p in plans))
         for family in FAMILIES
         if any(family in p for p in plans)
     ]
-    show(table(("family", first.name, second.name), rows, right=(1, 2)))
+    show(table(("family", a, b), rows, right=(1, 2)))
 
 
 def _show_families(plans: dict[str, SurgeryPlan]) -> None:

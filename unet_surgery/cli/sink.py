@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from unet_surgery.errors import SurgeryError
+from unet_surgery.errors import SurgeryError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,10 @@ _state = _State()
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: unwind, so that staging folders are cleared, and exit with 143."""
+    """SIGTERM or SIGHUP arrived: unwind, so that staging folders are cleared, and exit with 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 def set_debug(on: bool) -> None:
@@ -52,26 +56,49 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-        signal.signal(signal.SIGTERM, _on_terminate)
+        _prepare()
         try:
             return function(*args, **kwargs)
-        except SurgeryError as error:
-            _fail(f"error: {error}", error.exit_code)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was left at the output", 130)
-        except Terminated:
-            _fail("terminated; nothing was left at the output", 143)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
         except typer.Exit:
             raise
-        except Exception as error:  # noqa: BLE001  # the last resort: no traceback by default
-            hint = "" if _state.debug else "\n  try:      unet-surgery --debug … and report what it shows"
-            _fail(f"error: {type(error).__name__}: {error} (this is a fault of unet-surgery){hint}", 1)
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            if _state.debug:
+                traceback.print_exc()
+            message, code = _explain(error)
+            if message:
+                say(message)
+            raise typer.Exit(code) from None
 
     return guarded
+
+
+def _prepare() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """Return message and exit code: the one table from what went wrong to what the user sees."""
+    match error:
+        case SurgeryError():
+            return f"error: {error}", error.exit_code
+        case KeyboardInterrupt():
+            return "interrupted; nothing was left at the output", 130
+        case Terminated():
+            return "terminated; nothing was left at the output", 128 + error.number
+        case BrokenPipeError():  # the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return "", 0
+        case OSError():
+            place = f": {printable(error.filename)}" if error.filename else ""
+            return f"error: {error.strerror or error}{place}", 4
+        case _:
+            hint = "" if _state.debug else "\n  try:      unet-surgery --debug … and report what it shows"
+            return f"error: {type(error).__name__}: {error} (this is a fault of unet-surgery){hint}", 1
 
 
 def say(text: str) -> None:
@@ -137,15 +164,9 @@ def error_console() -> Console:
 def _console(stream: Any) -> Console:
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    if _state.debug:
-        traceback.print_exc()
-    say(message)
-    raise typer.Exit(code) from None
-
-
-def _on_terminate(_number: int, _frame: Any) -> NoReturn:
-    raise Terminated
+def _on_terminate(number: int, _frame: Any) -> NoReturn:
+    raise Terminated(number)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from unet_surgery.cli.check import Student
-from unet_surgery.cli.options import Quiet, Teacher, Variant
+from unet_surgery.cli.options import Compared, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show
 
 __all__ = ["verify"]
 
 
 @command
-def verify(folder: Student, teacher: Teacher = None, variant: Variant = None, quiet: Quiet = False) -> None:
+def verify(folder: Student, teacher: Compared = None, variant: Variant = None, quiet: Quiet = False) -> None:
     """Check a student, then load it in diffusers and run it once. Needs torch.
 
     Fails when a tensor is missing, unexpected, misshaped, NaN or infinite, and names it.
@@ -24,4 +24,5 @@ def verify(folder: Student, teacher: Teacher = None, variant: Variant = None, qu
     if not quiet:
         show(f"{folder}: as planned, {report.check.num_tensors} tensors, all finite")
         shape = " x ".join(map(str, report.output_shape))
-        show(f"diffusers {report.diffusers_version} loads it, 0 missing, 0 unexpected; a forward gives {shape}, finite")
+        loads = f"diffusers {report.diffusers_version} loads the U-Net, 0 missing, 0 unexpected"
+        show(f"{loads}; a forward gives {shape}, finite")

@@ -41,7 +41,7 @@ def _level_zero(teacher: UNetGraph, student: UNetGraph) -> None:
     for stage, kept in ((first, student.down[0].index == first.index), (last, student.up[-1].index == last.index)):
         if not kept:
             raise InexpressibleError(
-                f"the recipe removes {stage.selector}, which is level 0 (rule 8)",
+                f"{stage.selector} is level 0, which never goes (rule 8)",
                 about=(stage.source,),
                 expected="level 0 stays: conv_in, conv_out and the time embedding have its width",
                 hint=f"remove layers or attentions of {stage.selector} instead",
@@ -54,7 +54,7 @@ def _partners(teacher: UNetGraph, student: UNetGraph) -> None:
         if (down.source in kept) != (up.source in kept):
             gone, stays = (up, down) if down.source in kept else (down, up)
             raise InexpressibleError(
-                f"the recipe removes {gone.selector} and keeps its partner {stays.selector} (rule 8)",
+                f"{gone.selector} goes only together with {stays.selector} (rule 8)",
                 about=(gone.source,),
                 expected="the two sides of a level go together",
                 hint=f'add "{stays.selector}"',
@@ -140,7 +140,7 @@ def _outer_up_layers(teacher: UNetGraph, student: UNetGraph) -> None:
             if number in kept:
                 continue
             raise InexpressibleError(
-                f"the recipe removes {stage.selector}.layers.{number}, the {name} of its stage (rule 7)",
+                f"{stage.selector}.layers.{number} is the {name} of its stage, which stays (rule 7)",
                 about=(f"{stage.source}.resnets.{number}",),
                 expected="up stages keep their first and last layer: these take another stage's output or skip, "
                 "and weights trained for one skip would get another",

@@ -52,7 +52,7 @@ def resolve_teacher(
     """
     path = Path(text).expanduser()
     if path.exists():
-        return ResolvedTeacher(path, None, path.resolve().name)
+        return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)))
     if text in bundled_names():
         return ResolvedTeacher(_bundled(text, weights, progress), text, text)
     repository, _, revision = text.partition("@")

@@ -8,7 +8,7 @@ from unet_surgery.lower.counts import Counts, count, count_modules, part_of, qua
 from unet_surgery.lower.features import FeatureMap, FeaturePair, Tap, feature_map
 from unet_surgery.lower.make import BYTES_PER_PARAM, make_plan
 from unet_surgery.lower.modules import CONTEXT_TOKENS, Module, Placed, Tensor, modules
-from unet_surgery.lower.plan import Bypassed, ConfigChange, Part, StoredFile, StoredWeights, SurgeryPlan
+from unet_surgery.lower.plan import PLAN_FORMAT, Bypassed, ConfigChange, Part, StoredFile, StoredWeights, SurgeryPlan
 from unet_surgery.lower.report import NodeReport, report_nodes
 from unet_surgery.lower.skips import ChangedSkip, changed_skips
 from unet_surgery.lower.weights import replaced_tensor, shapes_of, unused_tensors, weight_map
@@ -16,6 +16,7 @@ from unet_surgery.lower.weights import replaced_tensor, shapes_of, unused_tensor
 __all__ = [
     "BYTES_PER_PARAM",
     "CONTEXT_TOKENS",
+    "PLAN_FORMAT",
     "Bypassed",
     "ChangedSkip",
     "ConfigChange",

@@ -13,9 +13,9 @@ from unet_surgery.lower.counts import Counts
 from unet_surgery.lower.features import FeatureMap, FeaturePair, Tap
 from unet_surgery.lower.skips import ChangedSkip
 
-__all__ = ["Bypassed", "ConfigChange", "Part", "StoredFile", "StoredWeights", "SurgeryPlan"]
+__all__ = ["PLAN_FORMAT", "Bypassed", "ConfigChange", "Part", "StoredFile", "StoredWeights", "SurgeryPlan"]
 
-FORMAT = "unet-surgery-plan"
+PLAN_FORMAT = "unet-surgery-plan"
 FORMAT_VERSION = 1
 ABSENT = "(absent)"
 
@@ -115,7 +115,7 @@ class SurgeryPlan:
 
 def _encode(plan: SurgeryPlan) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": PLAN_FORMAT,
         "format_version": FORMAT_VERSION,
         "recipe": plan.recipe,
         "teacher": {
@@ -148,10 +148,10 @@ def _decode(text: str) -> SurgeryPlan:
         top = _Object(json.loads(text), "plan")
     except (ValueError, RecursionError) as error:
         raise VerificationError("the plan is not JSON", found=printable(str(error))) from error
-    if top.raw("format") != FORMAT or top.raw("format_version") != FORMAT_VERSION:
+    if top.raw("format") != PLAN_FORMAT or top.raw("format_version") != FORMAT_VERSION:
         raise VerificationError(
             "this is not a plan that this version reads",
-            expected=f"format {FORMAT}, format_version {FORMAT_VERSION}",
+            expected=f"format {PLAN_FORMAT}, format_version {FORMAT_VERSION}",
             found=f"format {printable(top.raw('format'))}, format_version {printable(top.raw('format_version'))}",
         )
     teacher, student, features = top.object("teacher"), top.object("student"), top.object("features")

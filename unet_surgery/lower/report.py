@@ -8,7 +8,7 @@ from typing import Literal
 
 from unet_surgery.errors import InexpressibleError
 from unet_surgery.graph import UNetConfig, UNetGraph, remove, resolve, verify
-from unet_surgery.graph.nodes import Layer, Stage
+from unet_surgery.graph.nodes import Layer, Mid, Stage
 from unet_surgery.lower.config import lower_config
 from unet_surgery.lower.counts import Counts, count_modules
 from unet_surgery.lower.modules import Placed, modules
@@ -50,13 +50,21 @@ def _nodes(config: UNetConfig, graph: UNetGraph) -> Iterator[NodeReport]:
     for stage in graph.down:
         yield from _stage(config, graph, stage, partner[stage.selector], placed)
     if graph.mid is not None:
-        yield _node(config, graph, "mid", "mid", graph.mid.channels, _inside(placed, "mid_block"))
-        if graph.mid.attention is not None:
-            inside = _inside(placed, graph.mid.attention.source)
-            together = (("mid.resnets.1",),)
-            yield _node(config, graph, "mid.attentions.0", "attention", graph.mid.channels, inside, together)
+        yield from _mid(config, graph, graph.mid, placed)
     for stage in graph.up:
         yield from _stage(config, graph, stage, partner[stage.selector], placed)
+
+
+def _mid(config: UNetConfig, graph: UNetGraph, mid: Mid, placed: list[Placed]) -> Iterator[NodeReport]:
+    """A mid loses its attention alone (where its depth is free) or with one resnet, and one resnet only with it."""
+    yield _node(config, graph, "mid", "mid", mid.channels, _inside(placed, "mid_block"))
+    for j, resnet in enumerate(mid.resnets):
+        partners = (("mid.attentions.0",),) if mid.attention is not None else ()
+        inside = _inside(placed, resnet.source)
+        yield _node(config, graph, f"mid.resnets.{j}", "resnet", mid.channels, inside, partners)
+    if mid.attention is not None:
+        inside = _inside(placed, mid.attention.source)
+        yield _node(config, graph, "mid.attentions.0", "attention", mid.channels, inside, (("mid.resnets.1",),))
 
 
 def _stage(

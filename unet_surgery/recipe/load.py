@@ -8,11 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from unet_surgery.errors import RecipeError, SelectorError, SurgeryError, printable
+from unet_surgery.errors import RecipeError, SurgeryError, printable
 from unet_surgery.graph import FAMILIES, Selection, Skipped, UNetGraph, resolve
-from unet_surgery.graph.select import parse_selector
 from unet_surgery.recipe.schema import Recipe
 from unet_surgery.recipe.yamlfile import LocatedData, parse_yaml
 
@@ -39,8 +36,12 @@ def builtin_names() -> list[str]:
 
 
 def builtin_text(name: str) -> str:
-    """Return the YAML of a built-in recipe as it was written."""
-    return find_recipe(name).read_text("utf-8")
+    """Return the YAML of a built-in recipe as it was written.
+
+    Raises:
+        RecipeError: there is no built-in recipe of this name.
+    """
+    return _find_builtin(name).read_text("utf-8")
 
 
 def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Path:
@@ -56,7 +57,10 @@ def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Pa
                 hint="built-in recipes are named without .yaml: " + ", ".join(builtin_names()),
             )
         return path
-    path = _builtin_folder() / f"{text}.yaml"
+    return _find_builtin(text)
+
+
+def _find_builtin(text: str) -> Path:
     if text not in builtin_names():
         close = get_close_matches(text, builtin_names(), n=1)
         raise RecipeError(
@@ -64,7 +68,7 @@ def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Pa
             expected=", ".join(builtin_names()),
             hint=f"did you mean {close[0]!r}?" if close else "give a path ending in .yaml for a file of your own",
         )
-    return path
+    return _builtin_folder() / f"{text}.yaml"
 
 
 def read_recipe_file(path: Path) -> tuple[Recipe, LocatedData]:
@@ -76,9 +80,9 @@ def read_recipe_file(path: Path) -> tuple[Recipe, LocatedData]:
         raise RecipeError("the recipe file cannot be read as UTF-8 text", where=shown, found=str(error)) from error
     located = parse_yaml(text, shown)
     try:
-        return Recipe.model_validate(located.data), located
-    except ValidationError as error:
-        raise _explained(error, located) from error
+        return Recipe(**located.data), located
+    except RecipeError as error:
+        raise error.at(located.where(error.path)) from error.__cause__
 
 
 def select(recipe: Recipe, graph: UNetGraph) -> Selection:
@@ -154,38 +158,3 @@ def _common_families(bases: Sequence[Recipe], located: LocatedData) -> tuple[str
             hint="write families: if you know that all of them resolve",
         )
     return common
-
-
-def _explained(error: ValidationError, located: LocatedData) -> RecipeError:
-    """Turn pydantic's first finding into one message with its line."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = tuple(part for part in first["loc"] if isinstance(part, (str, int)))
-    key = str(path[0]) if path else ""
-    where = located.where(path)
-    if path[:1] == ("remove",) and (wrong := _wrong_selector(located.data, path)) is not None:
-        wrong.at(where)
-        return wrong
-    if first["type"] == "extra_forbidden":
-        close = get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
-        return RecipeError(
-            f"the recipe has an unknown key {printable(key)!r}",
-            where=where,
-            expected=", ".join(Recipe.model_fields),
-            hint=f"did you mean {close[0]!r}?" if close else "remove the key",
-        )
-    if first["type"] == "missing":
-        return RecipeError(f"the recipe has no {key!r}", where=located.where(()), hint=f"add {key}: …")
-    message = first["msg"].removeprefix("Value error, ")
-    return RecipeError(f"the recipe's {key!r} is wrong: {message}" if key else message, where=where)
-
-
-def _wrong_selector(data: dict[str, Any], path: tuple[str | int, ...]) -> SelectorError | None:
-    """Return what is wrong with the selector at ``path``, or None where it is not even text."""
-    removals = data["remove"]
-    text = removals[int(path[1])] if len(path) > 1 and isinstance(removals, list) else removals
-    try:
-        if isinstance(text, str):
-            parse_selector(text)
-    except SelectorError as error:
-        return error
-    return None

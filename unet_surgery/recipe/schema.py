@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from unet_surgery.errors import SelectorError
+from unet_surgery.errors import RecipeError, SelectorError, printable
 from unet_surgery.graph import FAMILIES
 from unet_surgery.graph.select import parse_selector
 
 __all__ = ["Recipe"]
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, (list, tuple, type(None))):
+        raise ValueError("expected a list, one entry a line")  # noqa: TRY004  # pydantic lets TypeError through
+    return value
+
+
+def _named(value: Any) -> Any:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError("expected letters, digits and _ . - only, 64 at most: it becomes part of a folder's name")
+    return value
 
 
 def _selector(value: Any) -> Any:
@@ -42,7 +58,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Annotated[str, BeforeValidator(_named)]
     """Letters, digits and ``_ . -``; it becomes part of the output folder's name."""
     summary: Annotated[str, Field(max_length=500)] = ""
     teacher: Annotated[str, Field(min_length=1, max_length=300)] | None = None
@@ -68,6 +84,17 @@ class Recipe(BaseModel):
         if value is not None and not value:
             raise ValueError("an empty list serves nothing; leave the key out to serve every family")
         return value
+
+    def __init__(self, **values: Any) -> None:
+        """Check ``values``.
+
+        Raises:
+            RecipeError: a key is unknown or has a wrong value.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _explain(error, values) from error
 
     def model_post_init(self, _context: Any) -> None:
         if not self.remove and not self.extends:
@@ -97,3 +124,42 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Return the recipe as a YAML file."""
         return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _explain(error: ValidationError, data: Mapping[str, Any]) -> RecipeError:
+    """Turn pydantic's first finding into one message that knows its path."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = tuple(part for part in first["loc"] if isinstance(part, (str, int)))
+    key = str(path[0]) if path else ""
+    result = (_wrong_selector(data, path) if key == "remove" else None) or _wrong_value(
+        key, first["type"], first["msg"]
+    )
+    result.path = path
+    return result
+
+
+def _wrong_value(key: str, kind: str, message: str) -> RecipeError:
+    if kind == "extra_forbidden":
+        close = get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
+        return RecipeError(
+            f"the recipe has an unknown key {printable(key)!r}",
+            expected=", ".join(Recipe.model_fields),
+            hint=f"did you mean {close[0]!r}?" if close else "remove the key",
+        )
+    if kind == "missing":
+        return RecipeError(f"the recipe has no {key!r}", hint=f"add {key}: …")
+    message = message.removeprefix("Value error, ")
+    return RecipeError(f"the recipe's {key!r} is wrong: {message}" if key else message)
+
+
+def _wrong_selector(data: Mapping[str, Any], path: tuple[str | int, ...]) -> SelectorError | None:
+    """Return what is wrong with the selector at ``path``, or None where it is not even text."""
+    removals = data["remove"]
+    listed = len(path) > 1 and isinstance(removals, (list, tuple))
+    text = removals[int(path[1])] if listed else removals
+    try:
+        if isinstance(text, str):
+            parse_selector(text)
+    except SelectorError as error:
+        return error
+    return None

@@ -62,7 +62,9 @@ def parse_yaml(text: str, file: str) -> LocatedData:
         raise RecipeError(
             f"the recipe is not valid YAML: {printable(error.problem or 'unreadable')}",
             where=f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file,
-            hint="quote a selector that begins with *, & or !",
+            hint=None
+            if error.problem is None or "alias" not in error.problem
+            else "quote a selector that begins with *",
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe is not valid YAML: {printable(str(error))}", where=file) from error
