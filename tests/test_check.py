@@ -127,6 +127,43 @@ def test_a_changed_component(tiny: Path, tmp_path: Path) -> None:
         unet_surgery.check(out, tiny)
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", f"vae/{WEIGHTS}", "tokenizer/vocab.json"])
+def test_a_pipeline_must_be_whole(tiny: Path, tmp_path: Path, name: str) -> None:
+    out = unet_surgery.prune("bk_tiny", tiny, tmp_path / "out").folder
+    (out / name).unlink()
+    with pytest.raises(VerificationError):
+        unet_surgery.check(out, tiny)
+    if name != "tokenizer/vocab.json":  # without the teacher nobody can know that a tokenizer had this file
+        with pytest.raises(VerificationError):
+            unet_surgery.verify(out)
+
+
+def test_an_edited_index(tiny: Path, tmp_path: Path) -> None:
+    out = unet_surgery.prune("bk_tiny", tiny, tmp_path / "out").folder
+    index = json.loads((out / "model_index.json").read_text())
+    (out / "model_index.json").write_text(json.dumps({**index, "requires_safety_checker": True}))
+    with pytest.raises(VerificationError, match="copied file differs"):
+        unet_surgery.check(out, tiny)
+
+
+@pytest.mark.parametrize(("side", "key"), [("teacher", "params"), ("student", "params"), ("student", "macs_all")])
+def test_edited_sizes(student: Path, side: str, key: str) -> None:
+    data = json.loads((student / "plan.json").read_text())
+    data[side][key] += 1
+    (student / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(VerificationError, match="sizes are not those"):
+        unet_surgery.check(student)
+
+
+@pytest.mark.parametrize("text", [None, "name: x\nremove: [mid]\n", "[", ""])
+def test_an_edited_recipe(student: Path, text: str | None) -> None:
+    (student / "recipe.yaml").unlink()
+    if text is not None:
+        (student / "recipe.yaml").write_text(text)
+    with pytest.raises(VerificationError, match="recipe"):
+        unet_surgery.check(student)
+
+
 def test_a_folder_that_is_no_student(tiny: Path) -> None:
     with pytest.raises(VerificationError, match="no readable plan.json"):
         unet_surgery.check(tiny)

@@ -163,6 +163,44 @@ def test_errors_have_one_message_and_a_code(words: list[str], code: int, says: s
     assert entries(tmp_path) == []
 
 
+def test_the_working_directory_is_not_replaced(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for out in (".", "..", str(here), "./"):
+        _, err = tool("prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", out, "--force", cwd=here, code=4)
+        assert "the working directory, or around it" in err
+    assert entries(tmp_path) == ["here"]
+
+
+def test_what_is_printed_can_be_pasted(tmp_path: Path) -> None:
+    _, err = tool("prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", "sp ace", cwd=tmp_path)
+    (line,) = re.findall("unet-surgery (check .*?)    ", err)
+    import shlex
+
+    assert "equal the teacher's" in tool(*shlex.split(line), cwd=tmp_path)[0]
+
+
+def test_a_terminal_without_the_characters() -> None:
+    out, _ = tool("recipes", env={"PYTHONIOENCODING": "ascii"})
+    assert "bk_tiny" in out
+
+
+def test_a_full_disk_under_the_output() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "unet_surgery", "recipes"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 4
+    assert result.stderr == "error: No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = f"{sys.executable} -m unet_surgery plan -r bk_tiny -t sd-v1-random --json | head -1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "{\n", "")
+
+
 def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     _, err = tool("--debug", "check", ".", cwd=tmp_path, code=6)
     assert "Traceback" in err

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from teachers import WEIGHTS, entries, folder_bytes, random_tensors, write_shard
 
 import unet_surgery
 from unet_surgery.checkpoint import disk
-from unet_surgery.errors import OutputError, TeacherError, WeightsMismatchError
+from unet_surgery.errors import OutputError, TeacherError, UsageError, WeightsMismatchError
 
 WEIGHTS_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -370,6 +371,33 @@ def test_an_existing_output_is_not_touched(teacher: Path, tmp_path: Path) -> Non
     assert folder_bytes(out) == {"mine.txt": b"precious"}
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', "garbage", "[]", "", '{"format": "terraform"}'])
+def test_force_is_not_fooled_by_a_file_called_plan(teacher: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.json").write_text(text)
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="replaces students only"):
+        unet_surgery.prune("bk_tiny", teacher, out, force=True)
+    assert folder_bytes(out) == {"mine.txt": b"precious", "plan.json": text.encode()}
+
+
+def test_force_keeps_what_users_added_to_a_student(tiny: Path, tmp_path: Path) -> None:
+    out = unet_surgery.prune("bk_base", tiny, tmp_path / "out").folder
+    (out / "checkpoints").mkdir()
+    with pytest.raises(OutputError, match="prune did not write") as caught:
+        unet_surgery.prune("bk_tiny", tiny, out, force=True)
+    assert "checkpoints" in str(caught.value)
+    (out / "checkpoints").rmdir()
+    unet_surgery.prune("bk_tiny", tiny, out, force=True)
+    unet_surgery.check(out, tiny)
+
+
+def test_force_takes_an_empty_folder(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    unet_surgery.check(unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", force=True).folder, teacher)
+
+
 def test_force_replaces_a_student(teacher: Path, tmp_path: Path) -> None:
     unet_surgery.prune("bk_base", teacher, tmp_path / "out")
     unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", force=True)
@@ -530,3 +558,42 @@ def test_a_missing_component_is_named(tiny: Path, tmp_path: Path) -> None:
     shutil.rmtree(teacher / "vae")
     with pytest.raises(TeacherError, match="component of the pipeline is missing"):
         unet_surgery.prune("bk_tiny", teacher, tmp_path / "out")
+    assert entries(tmp_path) == ["teacher"]
+    unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", unet_only=True)
+    unet_surgery.plan("bk_tiny", teacher)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: (t / "vae" / WEIGHTS).unlink(), "weights beside config.json"),
+        (lambda t: (t / "vae" / "config.json").unlink(), "config.json beside the weights"),
+        (lambda t: [p.unlink() for p in (t / "tokenizer").iterdir()], "expected: files"),
+        (lambda t: (t / "vae" / "x.json").symlink_to("nowhere"), "a link that leads somewhere"),
+        (lambda t: (t / "model_index.json").write_text("{}"), "names no U-Net"),
+        (lambda t: (t / "model_index.json").write_text("["), "not a valid JSON object"),
+    ],
+    ids=["no weights", "no config", "empty", "dangling", "empty index", "broken index"],
+)
+def test_incomplete_pipelines(tiny: Path, tmp_path: Path, change: Callable[[Path], object], says: str) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny, teacher)
+    change(teacher)
+    with pytest.raises(TeacherError) as caught:
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out")
+    assert says in str(caught.value)
+    assert entries(tmp_path) == ["teacher"]
+
+
+def test_a_variant_among_several_is_enough(teacher: Path, tmp_path: Path) -> None:
+    both = half_teacher(tmp_path, teacher)
+    (both / WEIGHTS).rename(both / "diffusion_pytorch_model.ema.safetensors")
+    plan = unet_surgery.prune("bk_tiny", both, tmp_path / "out", variant="ema").plan
+    assert plan.teacher_weights is not None
+    assert plan.teacher_weights.dtypes == {"F32": 686}
+
+
+@pytest.mark.parametrize("teacher_id", ["", "a", "a/b/c", "a\n---\nx: y", "../up"])
+def test_a_teacher_id_is_a_hub_id(teacher: Path, tmp_path: Path, teacher_id: str) -> None:
+    with pytest.raises(UsageError, match="not a Hub id"):
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", teacher_id=teacher_id)

@@ -61,7 +61,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except typer.Exit:
             raise
-        except (Exception, KeyboardInterrupt, Terminated) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001  # no traceback by default
             if _state.debug:
                 traceback.print_exc()
             message, code = _explain(error)
