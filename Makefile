@@ -36,7 +36,7 @@ test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 -m "not extra"
 
 test-extra: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -rs
+	HYPOTHESIS_PROFILE=extra $(BIN)/python -m pytest -n 2 -rs
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 from configs import CONFIGS
+from hypothesis import HealthCheck, settings
 from teachers import write_unet
+
+# The same examples every time, so that a red run is red again; make test-extra draws new ones.
+settings.register_profile("default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("extra", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # No test may reach the network or the user's own caches, whatever the machine's settings are.
 os.environ["HF_HUB_OFFLINE"] = "1"

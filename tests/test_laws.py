@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from itertools import permutations
 from typing import Any
 
 import pytest
 from configs import CONFIGS, FULL_SIZE
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unet_surgery.errors import InexpressibleError, SelectorError
@@ -18,6 +19,11 @@ from unet_surgery.lower.plan import SurgeryPlan
 from unet_surgery.recipe import builtin_names, load_recipe, select
 
 NAMES = sorted(CONFIGS)
+
+
+def examples(number: int) -> int:
+    """Return how many examples to draw: ``number``, and ten times as many in make test-extra."""
+    return number * 10 if os.environ.get("HYPOTHESIS_PROFILE") == "extra" else number
 
 
 def selectors_of(graph: UNetGraph) -> list[str]:
@@ -112,7 +118,7 @@ def test_order_never_matters() -> None:
 
 
 @given(removals())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_any_order_gives_the_same_graph(case: tuple[str, tuple[str, ...]]) -> None:
     name, selectors = case
     graph = build(parse_config(CONFIGS[name]))
@@ -144,7 +150,7 @@ def test_a_miss_is_an_error() -> None:
 
 
 @given(removals(), st.booleans())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(400))
 def test_lowering_is_faithful(case: tuple[str, tuple[str, ...]], allow: bool) -> None:
     name, selectors = case
     plan = expressible(name, selectors, allow)
@@ -165,11 +171,11 @@ def test_lowering_is_faithful(case: tuple[str, tuple[str, ...]], allow: bool) ->
     assert not used & set(unused)
     assert set(plan.unused) <= set(selectors)
     assert plan.student == count(rebuilt)
-    assert SurgeryPlan.from_json(plan.to_json()) == plan or not selectors
+    assert SurgeryPlan.from_json(plan.to_json()) == plan
 
 
 @given(removals())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40))
 def test_students_have_diffusers_tensors(case: tuple[str, tuple[str, ...]]) -> None:  # law 3
     plan = expressible(*case)
     if plan is not None:
@@ -181,7 +187,7 @@ def test_random_removals_are_mostly_expressible() -> None:
     outcomes: list[bool] = []
 
     @given(removals())
-    @settings(max_examples=100, deadline=None, database=None)
+    @settings(max_examples=100, database=None)
     def collect(case: tuple[str, tuple[str, ...]]) -> None:
         outcomes.append(expressible(*case) is not None)
 
