@@ -11,11 +11,12 @@ from pathlib import Path
 
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student
+from unet_surgery.checkpoint.disk import Progress, write_file
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.reader import Weights
-from unet_surgery.checkpoint.student import Progress, StudentOptions, write_student
+from unet_surgery.checkpoint.student import StudentOptions, write_student
 from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
-from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES
 from unet_surgery.errors import (
     ConfigError,
     FamilyError,
@@ -80,8 +81,8 @@ class PruneResult:
     is_pipeline: bool
 
 
-def _no_progress(done: int, total: int) -> None:
-    pass
+def no_progress(_done: int, _total: int) -> None:
+    """Watch nothing."""
 
 
 def inspect_model(teacher: str | Path, *, variant: str | None = None) -> ModelReport:
@@ -91,7 +92,7 @@ def inspect_model(teacher: str | Path, *, variant: str | None = None) -> ModelRe
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
-    found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=_no_progress)
+    found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=no_progress)
     opened = _open(found, variant, None)
     config, graph = _graph(opened)
     stored = None
@@ -128,7 +129,7 @@ def plan(
         TeacherError, HubError: as :func:`inspect_model`.
     """
     chosen = _recipe(recipe)
-    found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=_no_progress)
+    found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=no_progress)
     opened = _open(found, variant, teacher_id)
     if opened.weights is None:
         return _plan(chosen, opened, None, dtype)
@@ -148,7 +149,7 @@ def prune(
     link: bool = False,
     force: bool = False,
     teacher_id: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> PruneResult:
     """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
 
@@ -180,7 +181,7 @@ def check(
     teacher: str | Path | None = None,
     *,
     variant: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> CheckReport:
     """Check a student folder against its plan and, with ``teacher``, every copied byte against the teacher's.
 
@@ -291,7 +292,7 @@ def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
 
 def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
     """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
-    found = resolve_teacher(teacher, weights=False, variant=variant, progress=_no_progress)
+    found = resolve_teacher(teacher, weights=False, variant=variant, progress=no_progress)
     _plan(recipe, _open(found, variant, teacher_id), None, dtype)
 
 
@@ -331,10 +332,17 @@ def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype
 def _located(error: InexpressibleError, recipe: Recipe, graph: UNetGraph, selection: Selection) -> InexpressibleError:
     """Add the recipe's line and the nearest recipe that can be expressed."""
     culprit = next(
-        (selector for path in error.about for node, selector in selection.nodes.items() if node.startswith(path)),
+        (
+            selector
+            for path in error.about
+            for node, selector in selection.nodes.items()
+            if node == path or node.startswith(f"{path}.")
+        ),
         None,
     )
-    error.at(recipe.origin(recipe.remove.index(culprit) if culprit in recipe.remove else 0))
+    error.at(
+        recipe.families_origin.rsplit(":", 2)[0] if culprit is None else recipe.origin(recipe.remove.index(culprit))
+    )
     nearest = nearest_for_selection(graph, selection)
     if nearest is not None:
         error.hint = f"{error.hint}; or use {nearest!r}, the nearest built-in recipe" if error.hint else nearest

@@ -11,6 +11,7 @@
     │   ├── ContainerError          3   a safetensors file is damaged or something else
     │   └── WeightsMismatchError    3   tensors contradict config.json
     ├── OutputError                 4   the output cannot be written
+    │   └── OutputBusyError         4   another process is writing the output
     ├── HubError                    5   the Hugging Face Hub cannot be reached or refuses
     ├── VerificationError           6   a student is not what its plan says
     └── MissingExtraError           1   an optional dependency is not installed
@@ -31,6 +32,7 @@ __all__ = [
     "HubError",
     "InexpressibleError",
     "MissingExtraError",
+    "OutputBusyError",
     "OutputError",
     "RecipeError",
     "SelectorError",
@@ -149,6 +151,10 @@ class OutputError(SurgeryError):
     """The output cannot be written; nothing was left at its path."""
 
     exit_code = 4
+
+
+class OutputBusyError(OutputError):
+    """Another process is writing the same output."""
 
 
 class HubError(SurgeryError):

@@ -19,9 +19,8 @@ from unet_surgery.checkpoint.header import encode_header
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE
 from unet_surgery.checkpoint.staging import Staging
-from unet_surgery.checkpoint.student import Progress
 from unet_surgery.checkpoint.teacher import INDEX
-from unet_surgery.checkpoint.writer import METADATA, write_file
+from unet_surgery.checkpoint.writer import METADATA
 from unet_surgery.errors import OutputError
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import shapes_of
@@ -49,7 +48,7 @@ def bundled_folder(name: str) -> Path:
     return _root() / name
 
 
-def make_bundled(name: str, target: Path, progress: Progress) -> None:
+def make_bundled(name: str, target: Path, progress: disk.Progress) -> None:
     """Write the built-in teacher ``name``, weights included, as the folder ``target``.
 
     Raises:
@@ -80,7 +79,7 @@ def make_bundled(name: str, target: Path, progress: Progress) -> None:
             if path.is_dir():
                 disk.make_folder(copy)
             else:
-                write_file(copy, path.read_bytes())
+                disk.write_file(copy, path.read_bytes())
         for file, shapes in files.items():
             _write_random(staging.folder / file, shapes, on_bytes)
         staging.commit()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.reader import Weights, open_weights
-from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, Progress
+from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
 from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder, check_component, component_names
 from unet_surgery.checkpoint.writer import student_tensors
 from unet_surgery.errors import SurgeryError, TeacherError, UsageError, VerificationError, printable
@@ -66,7 +68,7 @@ def unet_folder(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progress) -> CheckReport:
+def check_student(folder: Path, teacher: TeacherFolder | None, progress: disk.Progress) -> CheckReport:
     """Check config, header, names, shapes and dtypes against the plan, zeros, and with ``teacher`` every other byte.
 
     Raises:
@@ -89,7 +91,7 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: Progres
         _check_by_reference(weights)
         _check_plan(plan, folder)
         _check_config(plan, config, unet)
-        _check_names(plan, weights, unet)
+        _check_names(plan, weights, folder)
         zeros = [name for name, source in plan.weights.items() if source is None]
         bad = [name for name in zeros if any(any(chunk) for chunk in _chunks(weights, name))]
         if bad:
@@ -146,7 +148,8 @@ def _check_plan(plan: SurgeryPlan, folder: Path) -> None:
 
 def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
     keys = sorted(config.keys() | plan.student_config.keys())
-    wrong = [key for key in keys if config.get(key, ...) != plan.student_config.get(key, ...)]
+    # as JSON text: 4, 4.0 and true are equal to Python
+    wrong = [key for key in keys if _as_json(config, key) != _as_json(plan.student_config, key)]
     if wrong:
         key = wrong[0]
         raise VerificationError(
@@ -157,15 +160,28 @@ def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> N
         )
 
 
-def _check_names(plan: SurgeryPlan, weights: Weights, unet: Path) -> None:
+def _as_json(config: Mapping[str, object], key: str) -> str | None:
+    return json.dumps(config[key]) if key in config else None
+
+
+def _check_names(plan: SurgeryPlan, weights: Weights, folder: Path) -> None:
+    unet = unet_folder(folder)
     expected = shapes_of(build(parse_config(plan.student_config)))
     if expected.keys() != plan.weights.keys():
-        raise VerificationError("the plan's weight map and config disagree", where=str(unet.parent / PLAN))
+        raise VerificationError("the plan's weight map and config disagree", where=str(folder / PLAN))
     check_shapes(expected, weights.shapes(), where=str(unet), source="the plan", error=VerificationError)
     if plan.dtype is not None:
         wrong = [name for name in weights if weights.info(name).dtype != plan.dtype]
         if wrong:
             raise _differing(f"tensors are not {plan.dtype}, as the plan says", wrong, unet)
+    num_bytes = sum(weights.tensor_bytes().values())
+    if num_bytes != plan.student_bytes:
+        raise VerificationError(
+            "the weights have another size than planned: their dtypes are not the plan's",
+            where=str(unet),
+            expected=f"{plan.student_bytes} bytes",
+            found=f"{num_bytes} bytes",
+        )
 
 
 def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
@@ -185,7 +201,7 @@ def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolde
         )
 
 
-def _compare(plan: SurgeryPlan, weights: Weights, originals: Weights, unet: Path, progress: Progress) -> int:
+def _compare(plan: SurgeryPlan, weights: Weights, originals: Weights, unet: Path, progress: disk.Progress) -> int:
     """Compare every copied tensor with the teacher's, converted where the plan converts; return bytes compared."""
     tensors = [t for t in student_tensors(plan, originals) if t.source is not None]
     total = sum(t.num_bytes for t in tensors)

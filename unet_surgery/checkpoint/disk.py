@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 __all__ = [
+    "OnBytes",
+    "Progress",
     "copy_file",
     "copy_range",
     "create",
@@ -30,6 +32,7 @@ __all__ = [
     "rename_new",
     "start_writeback",
     "write",
+    "write_file",
 ]
 
 CHUNK_BYTES = 8 << 20
@@ -53,6 +56,10 @@ UNSUPPORTED = {
 }
 
 OnBytes = Callable[[int], None]
+"""Called with the number of bytes just written."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
 
 
 def _ignore(_: int) -> None:
@@ -69,6 +76,16 @@ def write(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new small file and force it to disk."""
+    fd = create(path)
+    try:
+        write(fd, data)
+        fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync(fd: int) -> None:
@@ -104,7 +121,7 @@ def copy_range(source_fd: int, offset: int, length: int, target_fd: int, on_byte
                 break
             raise
         if count == 0:
-            raise EOFError
+            break  # the end, or a file system that cannot: reading tells
         offset, length, unsent = offset + count, length - count, unsent + count
         on_bytes(count)
         if unsent >= WRITEBACK_BYTES:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from unet_surgery.errors import TeacherError
 
-__all__ = ["UNET_BASE", "WeightsChoice", "choose_weights", "component_files", "is_weights_file"]
+__all__ = ["UNET_BASE", "WeightsChoice", "choose_weights", "component_files", "is_weights_file", "shard_files"]
 
 UNET_BASE = "diffusion_pytorch_model"
 BASES = (UNET_BASE, "model")
@@ -22,6 +22,7 @@ _BASE = "|".join(BASES)
 _SINGLE = re.compile(rf"(?P<base>{_BASE})(?:\.(?P<variant>[A-Za-z0-9_]+))?\.safetensors")
 _INDEX = re.compile(rf"(?P<base>{_BASE})\.safetensors\.index(?:\.(?P<variant>[A-Za-z0-9_]+))?\.json")
 _PICKLE = re.compile(r"(?:diffusion_)?(?:pytorch_)?model(?:\.(?P<variant>[A-Za-z0-9_]+))?\.bin")
+_SHARDED_PICKLE = re.compile(r"(?:diffusion_)?pytorch_model(?:-\d+-of-\d+\.bin|\.bin\.index\.json)")
 _WEIGHTS = re.compile(
     r".*\.(safetensors|safetensors\.index(\.\w+)?\.json|bin|bin\.index\.json|pt|pth|ckpt|pkl|msgpack|h5|onnx|onnx_data|gguf|pb|xml)"
 )
@@ -36,10 +37,12 @@ class WeightsChoice:
     variant: str | None
 
 
-def choose_weights(names: Collection[str], variant: str | None, *, where: str, base: str = UNET_BASE) -> WeightsChoice:
+def choose_weights(
+    names: Collection[str], variant: str | None, *, where: str, base: str = UNET_BASE, exact: bool = False
+) -> WeightsChoice:
     """Choose among the file ``names`` of one folder.
 
-    Without ``variant`` the plain weights are taken, or the only variant there is.
+    Without ``variant`` the plain weights are taken, or the only variant there is; with ``exact`` nothing else than asked.
 
     Raises:
         TeacherError: none fit, or several could be meant; lists what there is.
@@ -47,7 +50,7 @@ def choose_weights(names: Collection[str], variant: str | None, *, where: str, b
     choices = _safetensors_choices(names, base)
     if variant in choices:
         return choices[variant]
-    if variant is None and len(choices) == 1:
+    if variant is None and len(choices) == 1 and not exact:
         return next(iter(choices.values()))
     if choices:
         options = ", ".join(f"--variant {v}" if v else "plain weights" for v in sorted(choices, key=lambda v: v or ""))
@@ -70,33 +73,34 @@ def choose_weights(names: Collection[str], variant: str | None, *, where: str, b
 def component_files(names: Sequence[str], variant: str | None) -> dict[str, str]:
     """Return source name → target name of the files of a component that a pipeline needs.
 
-    One set of weights is kept: safetensors before pickle, ``variant`` before the plain ones if it is there.
-    A chosen single file loses its variant's name, so that the pipeline loads without one; shards keep theirs.
+    One set of weights is kept: safetensors before pickle, ``variant`` before the plain ones if it is there. A chosen
+    file or index loses its variant's name, so that the pipeline loads without one; shards keep theirs, which the
+    index gives.
     """
     kept = {name: name for name in names if not is_weights_file(name)}
     for base in BASES:
         choices = _safetensors_choices(names, base)
-        chosen = (
-            choices.get(variant)
-            or choices.get(None)
-            or (min(choices.values(), key=lambda c: c.file) if choices else None)
-        )
-        if chosen is None:
-            continue
-        if chosen.sharded:
-            shard = re.compile(rf"{base}.*-\d+-of-\d+.*\.safetensors")
-            kept |= {n: n for n in names if shard.fullmatch(n) and (chosen.variant or "") in n} | {
-                chosen.file: chosen.file
-            }
-        else:
-            kept[chosen.file] = f"{base}.safetensors"
-        return dict(sorted(kept.items()))
-    pickles = {match["variant"]: name for name in names if (match := _PICKLE.fullmatch(name))}
-    chosen_pickle = pickles.get(variant) or pickles.get(None) or (min(pickles.values()) if pickles else None)
+        chosen = choices.get(variant) or choices.get(None) or next(iter(choices.values()), None)
+        if chosen is not None:
+            plain = f"{base}.safetensors.index.json" if chosen.sharded else f"{base}.safetensors"
+            return dict(sorted({**kept, **{n: n for n in shard_files(names, chosen)}, chosen.file: plain}.items()))
+    pickles = {match["variant"]: name for name in sorted(names) if (match := _PICKLE.fullmatch(name))}
+    chosen_pickle = pickles.get(variant) or pickles.get(None) or next(iter(pickles.values()), None)
     if chosen_pickle is not None:
-        plain = re.sub(r"\.[A-Za-z0-9_]+\.bin$", ".bin", chosen_pickle)
-        kept[chosen_pickle] = plain
+        kept[chosen_pickle] = re.sub(r"\.[A-Za-z0-9_]+\.bin$", ".bin", chosen_pickle)
+    else:
+        kept |= {name: name for name in names if _SHARDED_PICKLE.fullmatch(name)}
     return dict(sorted(kept.items()))
+
+
+def shard_files(names: Collection[str], choice: WeightsChoice) -> list[str]:
+    """Return the shards of a chosen index, by the two ways in which a variant is written; none for a single file."""
+    if not choice.sharded:
+        return []
+    tag = f"\\.{choice.variant}" if choice.variant else ""
+    base = choice.file.partition(".")[0]
+    shard = re.compile(rf"{base}(?:{tag}-\d+-of-\d+|-\d+-of-\d+{tag})\.safetensors")
+    return sorted(name for name in names if shard.fullmatch(name))
 
 
 def is_weights_file(name: str) -> bool:

@@ -9,20 +9,17 @@ from unet_surgery.errors import SurgeryError, WeightsMismatchError, printable
 __all__ = ["check_shapes"]
 
 SHOWN = 4
-FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 _FOREIGN = (
-    ("lora", "a LoRA: an adapter for a U-Net, not a U-Net", lambda n: "lora_" in n or ".lora." in n),
-    ("ldm", "a single-file checkpoint in the original LDM layout", lambda n: n.startswith("model.diffusion_model.")),
-    ("controlnet", "a ControlNet", lambda n: n.startswith("controlnet_")),
-    ("vae", "a VAE", lambda n: n.startswith(("encoder.down", "decoder.up", "post_quant_conv"))),
+    ("a LoRA: an adapter for a U-Net, not a U-Net", lambda n: "lora_" in n or ".lora." in n),
+    ("a single-file checkpoint in the original LDM layout", lambda n: n.startswith("model.diffusion_model.")),
+    ("a ControlNet", lambda n: n.startswith("controlnet_")),
+    ("a VAE", lambda n: n.startswith(("encoder.down", "decoder.up", "post_quant_conv"))),
     (
-        "transformer",
         "a diffusion transformer (SD 3 or Flux), not a U-Net",
         lambda n: "joint_blocks" in n or "single_transformer" in n,
     ),
     (
-        "prefixed",
         "a U-Net whose names have a prefix (DDP's module. or torch.compile's _orig_mod.)",
         lambda n: n.startswith(("module.", "_orig_mod.", "unet.")),
     ),
@@ -56,7 +53,7 @@ def check_shapes(
         first = wrong[0]
         shapes = f"{first} is {list(found[first])}, expected {list(expected[first])}"
         problems.append(f"{len(wrong)} of another shape ({shapes})")
-    what = next((label for _, label, test in _FOREIGN if extra and any(test(name) for name in extra)), None)
+    what = next((label for label, test in _FOREIGN if extra and any(test(name) for name in extra)), None)
     raise error(
         f"the weights do not fit {source}",
         where=where,

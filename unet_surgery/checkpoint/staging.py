@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.errors import OutputError
+from unet_surgery.errors import OutputBusyError, OutputError
 
 __all__ = ["Staging"]
 
@@ -37,12 +37,13 @@ class Staging:
         self.target = Path(os.path.abspath(target))
         self.replace = replace
         self.folder = self.target.parent / f".{self.target.name}{SUFFIX}"
+        self._aside = self.target.parent / f".{self.target.name}.replaced{SUFFIX}"
         self._lock_fds: list[int] = []
-        self._gone = False
 
     def __enter__(self) -> Staging:
-        self._check_target()
         try:
+            self._recover_aside()
+            self._check_target()
             self._make_folder()
         except OSError as error:
             raise OutputError(
@@ -60,20 +61,27 @@ class Staging:
         else:
             try:
                 disk.rename_new(self.folder, self.target)
-                self._gone = True  # the name is free: what appears there now is another process's
             except FileExistsError:
                 raise OutputError(
                     "the output appeared while it was being written",
                     where=str(self.target),
                     hint="choose another --out, or --force to replace it",
                 ) from None
-        disk.fsync_folder(self.target.parent)
+        try:
+            disk.fsync_folder(self.target.parent)
+        except OSError as error:
+            raise OutputError(
+                "the output is in place and whole, but the disk did not confirm its name",
+                where=str(self.target),
+                found=error.strerror,
+                hint="check the disk; after a power cut the output may be gone",
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._lock_fds and not self._gone:
+            if any(self._is_named(fd) for fd in self._lock_fds):  # else it is renamed, or another process's
                 disk.remove_tree(self.folder)
         finally:
             for fd in self._lock_fds:
@@ -116,7 +124,7 @@ class Staging:
                 fd = self._lock(self.folder)
             except FileNotFoundError:
                 continue  # its owner finished just now
-            if self._still_ours(fd):
+            if self._is_named(fd):
                 self._lock_fds.append(fd)
             else:
                 os.close(fd)
@@ -135,7 +143,7 @@ class Staging:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
-            raise OutputError(
+            raise OutputBusyError(
                 "another process is writing this output",
                 where=str(self.target),
                 found=f"{folder.name} is locked",
@@ -143,8 +151,8 @@ class Staging:
             ) from error
         return fd
 
-    def _still_ours(self, fd: int) -> bool:
-        """True if the locked folder still has the staging name: its owner may have renamed it before letting go."""
+    def _is_named(self, fd: int) -> bool:
+        """True if this locked folder still has the staging name: its owner may have renamed it before letting go."""
         try:
             named = os.stat(self.folder, follow_symlinks=False)
         except FileNotFoundError:
@@ -157,9 +165,21 @@ class Staging:
         if disk.exchange(self.folder, self.target):
             return
         log.warning("this file system cannot swap folders: replacing %s is not atomic", self.target.name)
-        aside = self.target.parent / f".{self.target.name}.replaced{SUFFIX}"
-        disk.remove_tree(aside)
-        disk.rename_new(self.target, aside)
-        disk.rename_new(self.folder, self.target)
-        self._gone = True
-        disk.remove_tree(aside)
+        disk.rename_new(self.target, self._aside)
+        try:
+            disk.rename_new(self.folder, self.target)
+        except BaseException:
+            disk.rename_new(self._aside, self.target)
+            raise
+        disk.remove_tree(self._aside)
+
+    def _recover_aside(self) -> None:
+        """Where folders cannot be swapped, a run may have died between its two renames: put the old one back."""
+        if not self._aside.is_dir():
+            return
+        if os.path.lexists(self.target):
+            log.warning("clearing %s, which an interrupted run replaced", self._aside.name)
+            disk.remove_tree(self._aside)
+        else:
+            log.warning("restoring %s, which an interrupted run had set aside", self.target.name)
+            disk.rename_new(self._aside, self.target)

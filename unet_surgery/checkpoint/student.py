@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +14,14 @@ from unet_surgery.checkpoint.layout import is_weights_file
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder
-from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_file, write_weights
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_weights
 from unet_surgery.errors import OutputError, SurgeryError, TeacherError, printable
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 
-__all__ = ["CONFIG", "PLAN", "RECIPE", "Progress", "StudentOptions", "config_text", "write_student"]
+__all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "config_text", "write_student"]
 
 CONFIG, PLAN, RECIPE, CARD = "config.json", "plan.json", "recipe.yaml", "README.md"
 SPARE_BYTES = 4 << 20
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ def write_student(
     recipe_yaml: str,
     out: Path,
     options: StudentOptions,
-    progress: Progress,
+    progress: disk.Progress,
 ) -> None:
     """Write the student of ``plan`` to ``out``: it is there whole when this returns, and not at all when it raises.
 
@@ -72,15 +68,15 @@ def write_student(
         if pipeline:
             disk.make_folder(unet)
             disk.copy_file(teacher.root / INDEX, root / INDEX)
-        write_file(unet / CONFIG, config_text(plan))
+        disk.write_file(unet / CONFIG, config_text(plan))
         write_weights(plan, weights, unet, max_shard_bytes=options.max_shard_bytes, on_bytes=on_bytes)
         for component in components:
             disk.make_folder(root / component.name)
             for source, target in component.files.items():
                 _copy_component_file(component.folder / source, root / component.name / target, options.link, on_bytes)
-        write_file(root / RECIPE, recipe_yaml.encode())
-        write_file(root / PLAN, plan.to_json().encode())
-        write_file(root / CARD, write_card(plan, pipeline=pipeline).encode())
+        disk.write_file(root / RECIPE, recipe_yaml.encode())
+        disk.write_file(root / PLAN, plan.to_json().encode())
+        disk.write_file(root / CARD, write_card(plan, pipeline=pipeline).encode())
         weights.check_unchanged()
         staging.commit()
 

@@ -1,7 +1,7 @@
 """Writing the student's weights: bytes go from file to file, and no tensor is ever built.
 
-The files are what ``save_pretrained`` would write, byte for byte: tensors by dtype (widest first), then by name, and
-the same header. So equal students are equal files, however the teacher was stored.
+A single file is what ``save_pretrained`` would write, byte for byte: tensors by dtype (widest first), then by name, and
+the same header. So equal students are equal files, however the teacher was stored. Shards are filled in the same order.
 """
 
 from __future__ import annotations
@@ -76,17 +76,7 @@ def write_weights(
         index |= {tensor.name: name for tensor in shard}
     total = sum(tensor.num_bytes for shard in shards for tensor in shard)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True) + "\n"
-    write_file(folder / f"{UNET_BASE}.safetensors.index.json", text.encode())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file and force it to disk."""
-    fd = disk.create(path)
-    try:
-        disk.write(fd, data)
-        disk.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.write_file(folder / f"{UNET_BASE}.safetensors.index.json", text.encode())
 
 
 def _shards(tensors: Sequence[StudentTensor], max_bytes: int) -> list[list[StudentTensor]]:

@@ -41,7 +41,7 @@ UP_TYPES = MappingProxyType({"UpBlock2D": False, "CrossAttnUpBlock2D": True})
 CROSS_MID = "UNetMidBlock2DCrossAttn"
 RESNET_MID = "UNetMidBlock2D"
 
-# diffusers' defaults of the structural keys (UNet2DConditionModel.__init__, 0.42; unchanged since 0.20).
+# diffusers' defaults of the structural keys (UNet2DConditionModel.__init__, 0.42).
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "sample_size": None,

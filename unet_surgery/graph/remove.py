@@ -30,7 +30,7 @@ def remove(graph: UNetGraph, nodes: Collection[str]) -> UNetGraph:
     if not down or not up:
         raise InexpressibleError(
             "the recipe removes every stage of a side",
-            about=("down_blocks", "up_blocks"),
+            about=("down_blocks.0", f"up_blocks.{len(graph.up) - 1}"),
             hint="keep at least level 0: down.0 and the last up stage",
         )
     if down[-1].sampler is not None:

@@ -55,7 +55,8 @@ def _resnet(resnet: Resnet, provenance: bool) -> str:
 
 def _attention(attention: Attention, provenance: bool) -> str:
     kind = " bypass" if attention.bypass and provenance else ""
-    text = f"attention {attention.channels}, heads {attention.num_heads}, depth {attention.depth}{kind}"
+    text = f"attention {attention.channels}, heads {attention.num_heads}, context {attention.cross_attention_dim}"
+    text += f"{' only' if attention.only_cross_attention else ''}, depth {attention.depth}{kind}"
     if provenance and attention.blocks != tuple(range(attention.depth)):
         text += f" (blocks {', '.join(map(str, attention.blocks))})"
     return text + _source(attention.source, provenance)

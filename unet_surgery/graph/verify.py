@@ -32,7 +32,7 @@ def verify(teacher: UNetGraph, student: UNetGraph, *, allow_skip_change: bool = 
     _layer_counts(teacher, student)
     if not allow_skip_change:
         _outer_up_layers(teacher, student)
-    _widths(student)
+    _widths(teacher, student)
     _mid(student)
 
 
@@ -153,9 +153,11 @@ def _instead(whole: Stage, number: int) -> str:
     return f"{middle}write allow_skip_change: true if you mean it"
 
 
-def _widths(student: UNetGraph) -> None:
+def _widths(teacher: UNetGraph, student: UNetGraph) -> None:
     """Every kept resnet must meet the input widths its weights were made for (rules 6 and 8)."""
     levels = student.down
+    kept = {stage.source for stage in student.stages}
+    gone = tuple(stage.source for stage in teacher.stages if stage.source not in kept)
     for position, (down, up) in enumerate(student.pairs()):
         before = levels[max(position - 1, 0)].channels
         below = levels[min(position + 1, len(levels) - 1)].channels
@@ -167,25 +169,27 @@ def _widths(student: UNetGraph) -> None:
                 hint=f"keep one layer of {down.selector}",
             )
         for j, layer in enumerate(down.layers):
-            _fits(layer, before if j == 0 else down.channels, 0)
+            _fits(layer, before if j == 0 else down.channels, 0, (*gone, down.source))
         last = len(up.layers) - 1
         for j, layer in enumerate(up.layers):
-            _fits(layer, below if j == 0 else up.channels, before if j == last else up.channels)
+            _fits(layer, below if j == 0 else up.channels, before if j == last else up.channels, (*gone, up.source))
     if student.mid is not None and student.mid.channels != levels[-1].channels:
         raise InexpressibleError(
             f"the mid has {student.mid.channels} channels and the deepest kept stage {levels[-1].channels} (rule 8)",
+            about=gone,
             expected="equal widths",
             hint='add "mid"',
         )
 
 
-def _fits(layer: Layer, hidden: int, skip: int) -> None:
+def _fits(layer: Layer, hidden: int, skip: int, about: tuple[str, ...]) -> None:
     resnet = layer.resnet
     if (resnet.hidden_channels, resnet.skip_channels) == (hidden, skip):
         return
     have, need = resnet.hidden_channels + resnet.skip_channels, hidden + skip
     raise InexpressibleError(
         f"{resnet.source}.conv1.weight would get another input than it was trained for (rule 8)",
+        about=about,
         expected=f"[{resnet.out_channels}, {have}, 3, 3], for {_split(resnet.hidden_channels, resnet.skip_channels)}",
         found=f"[{resnet.out_channels}, {need}, 3, 3], for {_split(hidden, skip)}",
         hint="keep the layer or stage whose width it expects",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
-from unet_surgery.checkpoint.student import Progress
+from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.errors import OutputError, TeacherError, printable
 from unet_surgery.hub.download import download

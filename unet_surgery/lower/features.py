@@ -18,15 +18,20 @@ __all__ = ["FeatureMap", "FeaturePair", "Tap", "feature_map"]
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """An activation, named by a module path and a side of it; of a stage's tuple output, the hidden states."""
+    """An activation, named by a module path and a side of it; of a stage's tuple output, the hidden states.
+
+    ``layout``: ``image`` is [batch, channels, height, width]; ``tokens`` is [batch, height · width, channels], what a
+    linear ``proj_out`` (SD 2, SDXL) gives.
+    """
 
     module: str
     at: Literal["input", "output"] = "output"
+    layout: Literal["image", "tokens"] = "image"
 
 
 @dataclass(frozen=True, slots=True)
 class FeaturePair:
-    """Two activations of equal shape [batch, ``channels``, height / ``stride``, width / ``stride``]."""
+    """Two activations of one shape: ``channels`` wide, at the latent size divided by ``stride``, in their layout."""
 
     student: Tap
     teacher: Tap
@@ -58,7 +63,7 @@ def feature_map(teacher: UNetGraph, student: UNetGraph) -> FeatureMap:
             continue
         stride = 2**level
         plan.append(FeaturePair(here, Tap(whole.sampler.source, "input"), stage.channels, stride))
-        branches = _branches_before_residual(stage, whole, f"down_blocks.{level}")
+        branches = _branches_before_residual(stage, whole, f"down_blocks.{level}", teacher.stem.linear_projection)
         if branches is not None:
             bk.append(FeaturePair(*branches, stage.channels, stride))
     if student.mid is not None and teacher.mid is not None and student.num_levels == teacher.num_levels:
@@ -74,14 +79,18 @@ def feature_map(teacher: UNetGraph, student: UNetGraph) -> FeatureMap:
     return FeatureMap(tuple(plan), tuple(bk))
 
 
-def _branches_before_residual(stage: Stage, whole: Stage, path: str) -> tuple[Tap, Tap] | None:
+def _branches_before_residual(stage: Stage, whole: Stage, path: str, linear_projection: bool) -> tuple[Tap, Tap] | None:
     """Return the last attention's ``proj_out`` on both sides, or the last resnet's output without attention."""
     if not stage.layers or not whole.layers:
         return None
     number = len(stage.layers) - 1
     ours, theirs = stage.layers[-1], whole.layers[-1]
     if ours.attention is not None and theirs.attention is not None and not ours.attention.bypass:
-        return Tap(f"{path}.attentions.{number}.proj_out"), Tap(f"{theirs.attention.source}.proj_out")
+        layout: Literal["image", "tokens"] = "tokens" if linear_projection else "image"
+        return (
+            Tap(f"{path}.attentions.{number}.proj_out", "output", layout),
+            Tap(f"{theirs.attention.source}.proj_out", "output", layout),
+        )
     kind = "resnets" if ours.attention is None else "attentions"
     last = theirs.resnet.source if theirs.attention is None else theirs.attention.source
     return Tap(f"{path}.{kind}.{number}"), Tap(last)

@@ -198,10 +198,12 @@ def _pair(o: _Object) -> FeaturePair:
 
 
 def _tap(o: _Object) -> Tap:
-    at = o.text("at")
+    at, layout = o.text("at"), o.text("layout")
     if at not in ("input", "output"):
         raise o.wrong("at", "input or output")
-    return Tap(o.text("module"), "input" if at == "input" else "output")
+    if layout not in ("image", "tokens"):
+        raise o.wrong("layout", "image or tokens")
+    return Tap(o.text("module"), "input" if at == "input" else "output", "image" if layout == "image" else "tokens")
 
 
 class _Object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unet_surgery.graph.nodes import UNetGraph
+from unet_surgery.graph.nodes import Layer, UNetGraph
 
 __all__ = ["ChangedSkip", "changed_skips"]
 
@@ -28,7 +28,13 @@ def _skips(graph: UNetGraph) -> dict[str, str]:
     """Return up layer → producer of its skip, both by teacher path; the up side takes them last in, first out."""
     stack = ["conv_in"]
     for stage in graph.down:
-        stack += [(layer.attention or layer.resnet).source for layer in stage.layers]
+        stack += [_last_module(layer) for layer in stage.layers]
         if stage.sampler is not None:
             stack.append(stage.sampler.source)
     return {layer.resnet.source: stack.pop() for stage in graph.up for layer in stage.layers}
+
+
+def _last_module(layer: Layer) -> str:
+    """Return what a layer's output comes from; a bypassed attention adds nothing."""
+    attention = layer.attention
+    return layer.resnet.source if attention is None or attention.bypass else attention.source

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet_surgery.api import check
+from unet_surgery.api import check, no_progress
 from unet_surgery.checkpoint.check import CheckReport
-from unet_surgery.checkpoint.student import Progress
+from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.errors import VerificationError
+from unet_surgery.lower import CONTEXT_TOKENS
 from unet_surgery.runtime.load import load_unet
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["VerifyReport", "forward_once", "verify"]
 
 SHOWN = 4
-CONTEXT_TOKENS = 77
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,12 @@ class VerifyReport:
     diffusers_version: str
 
 
-def _no_progress(done: int, total: int) -> None:
-    pass
-
-
 def verify(
     folder: str | Path,
     teacher: str | Path | None = None,
     *,
     variant: str | None = None,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Check a student, load it in diffusers (nothing missing, nothing unexpected), and run it once.
 
