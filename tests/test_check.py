@@ -90,6 +90,22 @@ def test_a_changed_config(student: Path) -> None:
     assert "attention_head_dim" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [2.0, True, "2"])
+def test_configs_are_compared_as_json(student: Path, value: object) -> None:
+    config = json.loads((student / "config.json").read_text())
+    assert config["attention_head_dim"] == 2
+    (student / "config.json").write_text(json.dumps({**config, "attention_head_dim": value}))
+    with pytest.raises(VerificationError, match="config is not the plan's"):
+        unet_surgery.check(student)
+
+
+def test_another_dtype_is_found_without_the_teacher(student: Path) -> None:
+    tensors = {name: tensor.astype(np.float16) for name, tensor in load_file(student / WEIGHTS).items()}
+    save_file(tensors, student / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="dtypes are not the plan's"):
+        unet_surgery.check(student)
+
+
 def test_zeros_that_are_not(unet_folders: dict[str, Path], tmp_path: Path) -> None:
     recipe = unet_surgery.Recipe(name="one", remove=("down.1.attentions.0",))
     student = unet_surgery.prune(recipe, unet_folders["sd1"], tmp_path / "student").folder

@@ -93,7 +93,7 @@ def test_plan_needs_the_config_alone(tmp_path: Path) -> None:
     assert "sd1" in tool("inspect", str(tmp_path))[0]
     assert entries(tmp_path) == ["config.json"]
     _, err = tool("prune", "--recipe", "bk_tiny", "--teacher", str(tmp_path), "--out", str(tmp_path / "x"), code=3)
-    assert "no weights" in err
+    assert "no safetensors weights" in err
 
 
 def test_plan_json_is_the_whole_plan() -> None:
@@ -114,6 +114,15 @@ def test_plan_shows_what_matters() -> None:
     half, _ = tool("plan", "-r", "bk_tiny", "-t", "sd-v1-random", "--dtype", "fp16")
     assert "converted to F16" in half
     assert "646.8 MB" in half
+
+
+def test_plan_shows_the_graphs_differences() -> None:
+    out, _ = tool("plan", "-r", "bk_tiny", "-t", "sd-v1-random", "--graph")
+    lines = out.splitlines()
+    assert lines[:2] == ["--- teacher", "+++ student"]
+    assert "-  sampler 1280  <- down_blocks.2.downsamplers.0" in lines
+    assert "-mid 1280 channels" in lines
+    assert "+mid none" in lines
 
 
 def test_inspect() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import COMMIT, serve
+from safetensors.numpy import load_file, save_file
 from teachers import WEIGHTS, entries, folder_bytes
 from test_cli import tool
 
@@ -79,6 +80,28 @@ def test_refusals_are_told_apart(repository: Path, tmp_path: Path, teacher: str,
     assert says in err
     assert teacher.partition("@")[0] in err
     assert not [name for name in entries(tmp_path) if "bk_tiny" in name]
+
+
+def test_the_cache_decides_nothing(repository: Path, tmp_path: Path) -> None:
+    """After a fp16 prune the cache holds fp16 weights only; a plan or prune without a variant must not take them."""
+    half = {name: tensor.astype("float16") for name, tensor in load_file(repository / "unet" / WEIGHTS).items()}
+    save_file(half, repository / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with serve(REPOSITORY, repository) as (endpoint, _):
+        env = client(endpoint, tmp_path / "hf")
+        half_command = ["prune", "-r", "bk_tiny", "-t", REPOSITORY, "--variant", "fp16", "--unet-only", "-o", "half"]
+        tool(*half_command, cwd=tmp_path, env=env)
+        plan = json.loads(tool("plan", "-r", "bk_tiny", "-t", REPOSITORY, "--json", cwd=tmp_path, env=env)[0])
+        assert plan["teacher"]["weights"] is None
+    offline = client("http://127.0.0.1:9", tmp_path / "hf")
+    _, err = tool("prune", "-r", "bk_tiny", "-t", REPOSITORY, "--unet-only", cwd=tmp_path, code=5, env=offline)
+    assert "its cache lacks these weights" in err
+    assert "--variant fp16" in err
+    tool(*half_command[:-1], "again", cwd=tmp_path, env=offline)
+    with serve(REPOSITORY, repository) as (endpoint, _):
+        env = client(endpoint, tmp_path / "hf")
+        tool("prune", "-r", "bk_tiny", "-t", REPOSITORY, "--unet-only", "-o", "plain", cwd=tmp_path, env=env)
+    stored = json.loads((tmp_path / "plain" / "plan.json").read_text())["teacher"]["weights"]["dtypes"]
+    assert stored == {"F32": 686}
 
 
 def test_an_unreachable_hub(tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def test_folders_that_hold_no_unet(tmp_path: Path) -> None:
 def test_a_pickle_is_named_and_not_opened(tmp_path: Path) -> None:
     folder = write_unet(tmp_path / "teacher", CONFIGS["sd1"])
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
+    assert unet_surgery.plan("bk_tiny", folder).teacher_weights is None  # the config is enough for that
     with pytest.raises(TeacherError, match="no safetensors weights") as caught:
-        unet_surgery.plan("bk_tiny", folder)
+        unet_surgery.prune("bk_tiny", folder, tmp_path / "out")
     assert "diffusion_pytorch_model.bin, a pickle, which is never opened" in str(caught.value)
 
 
@@ -141,6 +142,43 @@ def test_files_of_a_component(names: list[str], variant: str | None, weights: se
     assert set(files.values()) == weights | others
     if variant == "fp16" and weights:
         assert any("fp16" in source for source in files)
+
+
+MIXED = [f"model{tag}-0000{k}-of-00002.safetensors" for tag in ("", ".ema", ".non_ema") for k in (1, 2)]
+MIXED += [f"model.safetensors.index{tag}.json" for tag in ("", ".ema", ".non_ema")]
+
+
+@pytest.mark.parametrize(("variant", "tag"), [(None, ""), ("ema", ".ema"), ("non_ema", ".non_ema")])
+def test_shards_of_one_variant_only(variant: str | None, tag: str) -> None:
+    shards = {f"model{tag}-0000{k}-of-00002.safetensors" for k in (1, 2)}
+    files = component_files(MIXED, variant)
+    # the index loses its tag, so that the student loads without naming a variant; it names the shards as they are
+    assert files == {s: s for s in shards} | {f"model.safetensors.index{tag}.json": "model.safetensors.index.json"}
+
+
+def test_a_sharded_variant_of_a_component_loads(tiny: Path, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny, teacher)
+    folder = teacher / "text_encoder"
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = [f"model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    parts = [dict(sorted(tensors.items())[k::2]) for k in (0, 1)]
+    for name, part in zip(shards, parts, strict=True):
+        save_file(part, folder / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, part in zip(shards, parts, strict=True) for key in part}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    out = unet_surgery.prune("bk_tiny", teacher, tmp_path / "out").folder
+    _, info = CLIPTextModel.from_pretrained(out / "text_encoder", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_sharded_pickles_of_a_component_are_copied() -> None:
+    names = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    names += ["pytorch_model.bin.index.json", "tf_model.h5"]
+    assert set(component_files(names, None)) == set(names) - {"tf_model.h5"}
 
 
 @pytest.mark.parametrize(

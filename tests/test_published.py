@@ -130,6 +130,23 @@ def test_tiny_weight_map_follows_the_authors() -> None:
     assert not any(name.startswith("down_blocks.2.downsamplers") for name in weights)
 
 
+def test_tiny_changes_these_skips() -> None:
+    changes = [(s.layer, s.teacher_skip, s.student_skip) for s in plan_of(load_recipe("bk_tiny"), "sd1").changed_skips]
+    assert changes == [
+        (f"up_blocks.{3 - i}.resnets.0", f"down_blocks.{i}.attentions.1", f"down_blocks.{i}.attentions.0")
+        for i in (2, 1, 0)
+    ]
+    assert plan_of(load_recipe("ssd_1b"), "sdxl").changed_skips == ()
+
+
+def test_branches_of_linear_projections_are_tokens() -> None:
+    for teacher, layout in (("sd1", "image"), ("sd2", "tokens")):
+        pairs = plan_of(load_recipe("bk_tiny"), teacher).features.bk
+        assert [(p.student.layout, p.teacher.layout) for p in pairs] == [("image",) * 2] * 2 + [(layout,) * 2] + [
+            ("image",) * 2
+        ] * 3
+
+
 def test_tiny_feature_pairs_follow_the_authors() -> None:
     features = plan_of(load_recipe("bk_tiny"), "sd1").features
     bk = [(p.student.module, p.teacher.module, p.channels, p.stride) for p in features.bk]

@@ -323,6 +323,31 @@ def test_extends_by_name_path_and_list(tmp_path: Path) -> None:
     assert recipe.origin(recipe.remove.index("down.3")) == f"{tmp_path / 'base.yaml'}:3:10"
 
 
+def test_skip_changes_are_inherited_and_can_be_refused(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "name: base\nremove: [mid]\nallow_skip_change: true\n")
+    assert load_recipe(write(tmp_path, "a.yaml", "name: a\nextends: ./base.yaml\n")).allow_skip_change
+    strict = "name: b\nextends: ./base.yaml\nallow_skip_change: false\n"
+    assert not load_recipe(write(tmp_path, "b.yaml", strict)).allow_skip_change
+
+
+@pytest.mark.parametrize(
+    ("lines", "culprit"),
+    [
+        (["up.3.attentions.0", "mid", "down.2", "up.1"], 3),
+        (["up.3.attentions.0", "mid", "down.1.layers.0", "up.2.layers.1"], 3),
+        (["mid", "down.0.attentions.0", "up.1.layers.1"], 3),
+        (["down.0.attentions.0", "mid.resnets.1"], 2),
+    ],
+)
+def test_refusals_point_at_the_line_that_caused_them(
+    tmp_path: Path, unet_folders: dict[str, Path], lines: list[str], culprit: int
+) -> None:
+    path = write(tmp_path, "r.yaml", "name: r\nremove:\n" + "".join(f"  - {line}\n" for line in lines))
+    with pytest.raises(InexpressibleError) as caught:
+        unet_surgery.plan(path, unet_folders["sd1"])
+    assert caught.value.where == f"{path}:{culprit + 2}:5"
+
+
 def test_circles(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "name: a\nextends: ./b.yaml\n")
     write(tmp_path, "b.yaml", "name: b\nextends: ./a.yaml\n")

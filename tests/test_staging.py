@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,75 @@ def test_everything_is_on_disk_before_the_rename(tiny: Path, tmp_path: Path, mon
     assert len(files) > 15
     assert files | {staged} == synced
     assert ("fsync", tmp_path) in events[moment:]
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that cannot swap two folders."""
+    monkeypatch.setattr(disk, "exchange", lambda source, target: False)
+
+
+@pytest.mark.usefixtures("no_exchange")
+def test_a_replace_that_fails_halfway_puts_the_old_one_back(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = unet_surgery.prune("bk_base", teacher, tmp_path / "out").folder
+    before = folder_bytes(out)
+    real, calls = disk.rename_new, []
+
+    def fail_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(source, target)
+
+    monkeypatch.setattr(disk, "rename_new", fail_second)
+    with pytest.raises(OutputError, match="Input/output error"):
+        unet_surgery.prune("bk_tiny", teacher, out, force=True)
+    assert folder_bytes(out) == before
+    assert entries(tmp_path) == ["out"]
+
+
+def test_a_replace_that_died_halfway_is_recovered(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = unet_surgery.prune("bk_base", teacher, tmp_path / "out").folder
+    before = folder_bytes(out)
+    out.rename(tmp_path / ".out.replaced.unet-surgery")  # where a kill between the two renames leaves it
+    with pytest.raises(OutputError, match="exists"):
+        unet_surgery.prune("bk_tiny", teacher, out)
+    assert "restoring" in caplog.text
+    assert folder_bytes(out) == before
+    shutil.copytree(out, tmp_path / ".out.replaced.unet-surgery")  # and one after the second
+    unet_surgery.prune("bk_tiny", teacher, out, force=True)
+    assert entries(tmp_path) == ["out"]
+
+
+def test_an_unconfirmed_rename_is_not_called_a_failure_to_write(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = disk.fsync_folder
+
+    def fail_for_the_parent(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(path)
+
+    monkeypatch.setattr(disk, "fsync_folder", fail_for_the_parent)
+    with pytest.raises(OutputError, match="in place and whole, but the disk did not confirm"):
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out")
+    unet_surgery.check(tmp_path / "out", teacher)
+
+
+def test_a_built_in_teacher_is_made_once_for_many(tmp_path: Path) -> None:
+    environment = {**os.environ, "UNET_SURGERY_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "unet_surgery", "prune", "-r", "bk_tiny", "-t", "tiny-random", "-q", "-o"]
+    processes = [
+        subprocess.Popen([*command, str(tmp_path / f"out-{k}")], env=environment, stderr=subprocess.PIPE, text=True)
+        for k in range(4)
+    ]
+    assert [(p.communicate(timeout=60)[1], p.returncode) for p in processes] == [("", 0)] * 4
+    assert entries(tmp_path / "cache") == ["tiny-random"]
 
 
 def test_features_of_a_net_that_lost_an_inner_level() -> None:

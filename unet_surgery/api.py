@@ -93,7 +93,7 @@ def inspect_model(teacher: str | Path, *, variant: str | None = None) -> ModelRe
         HubError: the teacher is on the Hub, which cannot be reached.
     """
     found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found, variant, None)
+    opened = _open(found)
     config, graph = _graph(opened)
     stored = None
     if opened.weights is not None:
@@ -130,7 +130,7 @@ def plan(
     """
     chosen = _recipe(recipe)
     found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found, variant, teacher_id)
+    opened = _open(found, teacher_id)
     if opened.weights is None:
         return _plan(chosen, opened, None, dtype)
     with opened.open_weights() as weights:
@@ -168,7 +168,7 @@ def prune(
     named = _teacher_of(chosen, teacher)
     _refuse_early(chosen, named, variant, dtype, teacher_id)
     found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
-    opened = _open(found, variant, teacher_id)
+    opened = _open(found, teacher_id)
     target = Path(f"{found.name}-{chosen.name}" if out is None else out)
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
@@ -192,7 +192,7 @@ def check(
     opened = None
     if teacher is not None:
         found = resolve_teacher(str(teacher), weights=True, variant=variant, progress=progress)
-        opened = _open(found, variant, None)
+        opened = _open(found)
     return check_student(Path(folder), opened, progress)
 
 
@@ -274,10 +274,16 @@ def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
     return recipe.teacher
 
 
-def _open(found: ResolvedTeacher, variant: str | None, teacher_id: str | None) -> TeacherFolder:
+def _open(found: ResolvedTeacher, teacher_id: str | None = None, *, config_only: bool = False) -> TeacherFolder:
     if teacher_id is not None and not is_hub_id(teacher_id):
         raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
-    return open_teacher(found.folder, variant=variant, teacher_id=teacher_id or found.teacher_id)
+    return open_teacher(
+        found.folder,
+        variant=found.variant,
+        exact=found.exact,
+        config_only=config_only,
+        teacher_id=teacher_id or found.teacher_id,
+    )
 
 
 def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
@@ -293,7 +299,7 @@ def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
 def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
     """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
     found = resolve_teacher(teacher, weights=False, variant=variant, progress=no_progress)
-    _plan(recipe, _open(found, variant, teacher_id), None, dtype)
+    _plan(recipe, _open(found, teacher_id, config_only=True), None, dtype)
 
 
 def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype: str | None) -> SurgeryPlan:

@@ -42,7 +42,8 @@ def choose_weights(
 ) -> WeightsChoice:
     """Choose among the file ``names`` of one folder.
 
-    Without ``variant`` the plain weights are taken, or the only variant there is; with ``exact`` nothing else than asked.
+    Without ``variant`` the plain weights are taken, or the only variant there is; with ``exact``, nothing but what
+    was asked for.
 
     Raises:
         TeacherError: none fit, or several could be meant; lists what there is.

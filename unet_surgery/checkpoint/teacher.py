@@ -59,12 +59,9 @@ class TeacherFolder:
         Raises:
             TeacherError: there are none, or they are damaged.
         """
-        if self.weights is None:
-            raise TeacherError(
-                "this teacher has a config.json and no weights",
-                where=str(self.unet),
-                hint="plan needs no more, prune does",
-            )
+        if self.weights is None:  # the choice says what is there instead
+            names = [path.name for path in self.unet.iterdir()]
+            return open_weights(self.unet, choose_weights(names, self.variant, where=str(self.unet), exact=True))
         return open_weights(self.unet, self.weights)
 
 
@@ -73,8 +70,18 @@ def is_hub_id(text: object) -> bool:
     return isinstance(text, str) and _HUB_ID.fullmatch(text) is not None
 
 
-def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | None = None) -> TeacherFolder:
+def open_teacher(
+    path: Path,
+    *,
+    variant: str | None = None,
+    exact: bool = False,
+    config_only: bool = False,
+    teacher_id: str | None = None,
+) -> TeacherFolder:
     """Describe the teacher at ``path``: a pipeline folder, a U-Net folder, or a folder with a U-Net in ``unet/``.
+
+    ``exact`` takes no other weights than those of ``variant`` (of a Hub cache, which may hold any of them), and none
+    where these are not there. ``config_only`` does not look for weights.
 
     Raises:
         TeacherError: nothing of the kind is there; says what is.
@@ -102,9 +109,13 @@ def open_teacher(path: Path, *, variant: str | None = None, teacher_id: str | No
         name = None
     names = [p.name for p in unet.iterdir()]
     weights = None
-    if any(is_weights_file(n) for n in names):
-        weights = choose_weights(names, variant, where=str(unet))
-        if weights.variant != variant:
+    if not config_only and any(".safetensors" in n for n in names):
+        try:
+            weights = choose_weights(names, variant, where=str(unet), exact=exact)
+        except TeacherError:
+            if not exact:
+                raise
+        if weights is not None and weights.variant != variant:
             log.info("the only weights there are of variant %s: taking these", weights.variant)
     return TeacherFolder(
         root=path,

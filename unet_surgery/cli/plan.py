@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from unet_surgery.cli.options import Dtype, Json, RecipeName, Teacher, TeacherId, Variant
 from unet_surgery.cli.sink import command, show, table
@@ -21,6 +23,7 @@ def plan(
     dtype: Dtype = None,
     teacher_id: TeacherId = None,
     as_json: Json = False,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the graph's differences, node by node.")] = False,
 ) -> None:
     """Show what a recipe would do to a teacher. Nothing is written.
 
@@ -34,6 +37,11 @@ def plan(
     decided = make(recipe, teacher, variant=variant, dtype=dtype, teacher_id=teacher_id)
     if as_json:
         show(decided.to_json().rstrip("\n"))
+    elif graph:
+        from unet_surgery.graph import build, diff, parse_config, remove
+
+        whole = build(parse_config(decided.teacher_config))
+        show(diff(whole, remove(whole, decided.removed)).rstrip("\n"))
     else:
         show_plan(decided, teacher)
 

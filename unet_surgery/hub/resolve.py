@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
 from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.teacher import is_hub_id
-from unet_surgery.errors import OutputError, TeacherError, printable
+from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
 from unet_surgery.hub.download import download
 
 __all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
@@ -20,14 +21,21 @@ __all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
 
 log = logging.getLogger(__name__)
 
+MAX_WAIT_SECONDS = 600.0
+
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTeacher:
-    """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders."""
+    """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders.
+
+    ``exact``: the folder may hold other variants than ``variant``, and only that one is meant.
+    """
 
     folder: Path
     teacher_id: str | None
     name: str
+    variant: str | None
+    exact: bool = False
 
 
 def cache_folder() -> Path:
@@ -50,15 +58,15 @@ def resolve_teacher(
         HubError: the Hub cannot be reached or has no such model.
         OutputError: a built-in teacher has no room in the cache.
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.exists():
-        return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)))
+        return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)), variant)
     if text in bundled_names():
-        return ResolvedTeacher(_bundled(text, weights, progress), text, text)
+        return ResolvedTeacher(_bundled(text, weights, progress), text, text, variant)
     repository, _, revision = text.partition("@")
     if is_hub_id(repository):
-        folder = download(repository, revision or None, weights=weights, variant=variant, unet_only=unet_only)
-        return ResolvedTeacher(folder, repository, repository.rpartition("/")[2])
+        found = download(repository, revision or None, weights=weights, variant=variant, unet_only=unet_only)
+        return ResolvedTeacher(found.folder, repository, repository.rpartition("/")[2], found.variant, exact=True)
     close = get_close_matches(text, bundled_names(), n=1)
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
@@ -83,5 +91,18 @@ def _bundled(name: str, weights: bool, progress: Progress) -> Path:
             hint="set UNET_SURGERY_CACHE to a folder that can be written",
         ) from error
     log.info("making %s with random weights in %s, once", name, cached)
-    make_bundled(name, cached, progress)
+    try:
+        make_bundled(name, cached, progress)
+    except OutputBusyError:
+        log.info("another process is making it: waiting")
+        _wait_for(cached)
     return cached
+
+
+def _wait_for(folder: Path) -> None:
+    """Wait until another process has put ``folder`` in place."""
+    deadline = time.monotonic() + MAX_WAIT_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise OutputError("another process did not finish making it", where=str(folder), hint="run again")
+        time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Pa
     """Return the file of a built-in recipe or of a path; a path is what has a separator or ends in .yaml."""
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(SUFFIXES):
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if relative_to is not None and not path.is_absolute():
             path = relative_to / path
         if not path.is_file():
@@ -112,15 +113,15 @@ def _builtin_folder() -> Path:
 
 
 def _follow(path: Path, above: tuple[Path, ...]) -> Recipe:
-    path = path.resolve()
     recipe, located = read_recipe_file(path)
-    if path in above:
-        circle = " → ".join(p.name for p in (*above[above.index(path) :], path))
+    real = path.resolve()
+    if real in above:
+        circle = " → ".join(p.name for p in (*above[above.index(real) :], real))
         raise RecipeError("recipes extend each other in a circle", where=located.where(("extends",)), found=circle)
     bases = []
     for i, base in enumerate(recipe.extends):
         try:
-            bases.append(_follow(find_recipe(base, relative_to=path.parent), (*above, path)))
+            bases.append(_follow(find_recipe(base, relative_to=path.parent), (*above, real)))
         except RecipeError as error:
             raise error.at(located.where(("extends", i))) from None
     return _union(recipe, located, bases)
