@@ -23,6 +23,7 @@ is the message the command line shows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 __all__ = [
@@ -41,10 +42,12 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WeightsMismatchError",
+    "first_few",
     "printable",
 ]
 
 MAX_QUOTED_CHARS = 200
+MAX_NAMES = 4
 
 
 def printable(value: object) -> str:
@@ -52,6 +55,12 @@ def printable(value: object) -> str:
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 1] + "…"
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first four names, safe to print, and how many more there are."""
+    shown = ", ".join(printable(name) for name in names[:MAX_NAMES])
+    return shown + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
 
 
 class SurgeryError(Exception):

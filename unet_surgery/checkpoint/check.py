@@ -18,14 +18,13 @@ from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
 from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder, check_component, component_names
 from unet_surgery.checkpoint.writer import student_tensors
-from unet_surgery.errors import SurgeryError, TeacherError, UsageError, VerificationError, printable
+from unet_surgery.errors import SurgeryError, TeacherError, UsageError, VerificationError, first_few, printable
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import SurgeryPlan, count, shapes_of
 
 __all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
 
 CHUNK_BYTES = 4 << 20
-SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +260,4 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _differing(what: str, names: list[str], unet: Path) -> VerificationError:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return VerificationError(
-        f"{len(names)} {what}", where=str(unet), found=", ".join(names[:SHOWN]) + more, hint="prune again"
-    )
+    return VerificationError(f"{len(names)} {what}", where=str(unet), found=first_few(names), hint="prune again")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from unet_surgery.errors import SurgeryError, WeightsMismatchError, printable
+from unet_surgery.errors import SurgeryError, WeightsMismatchError, first_few
 
 __all__ = ["check_shapes"]
 
-SHOWN = 4
 
 _FOREIGN = (
     ("a LoRA: an adapter for a U-Net, not a U-Net", lambda n: "lora_" in n or ".lora." in n),
@@ -64,5 +63,4 @@ def check_shapes(
 
 
 def _first(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {kind}: {', '.join(printable(n) for n in names[:SHOWN])}{more}"
+    return f"{len(names)} {kind}: {first_few(names)}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.api import check, no_progress
 from unet_surgery.checkpoint.check import CheckReport
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.errors import VerificationError
+from unet_surgery.errors import VerificationError, first_few
 from unet_surgery.lower import CONTEXT_TOKENS
 from unet_surgery.runtime.load import load_unet
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 __all__ = ["VerifyReport", "forward_once", "verify"]
-
-SHOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +49,7 @@ def verify(
 
     bad = [name for name, tensor in unet.state_dict().items() if not torch.isfinite(tensor).all()]
     if bad:
-        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise VerificationError(
-            f"{len(bad)} tensors hold NaN or Inf", where=str(report.unet), found=", ".join(bad[:SHOWN]) + more
-        )
+        raise VerificationError(f"{len(bad)} tensors hold NaN or Inf", where=str(report.unet), found=first_few(bad))
     output = forward_once(unet)
     if not torch.isfinite(output).all():
         raise VerificationError("the forward gives NaN or Inf", where=str(report.unet))
