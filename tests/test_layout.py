@@ -88,7 +88,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "a single file"),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "a safetensors file of 0 tensors"),
         ("model.ckpt", b"PK\x03\x04....", "pickle"),
         ("page.safetensors", b"<html>", "HTML"),
     ],

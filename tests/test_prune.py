@@ -231,7 +231,8 @@ def test_components_by_variant_and_without_pickles(tiny: Path, tmp_path: Path) -
     shutil.copytree(tiny, teacher)
     vae, text = teacher / "vae", teacher / "text_encoder"
     (vae / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half of a vae")
+    halves = {k: v.astype(np.float16) for k, v in load_file(vae / WEIGHTS).items()}
+    save_file(halves, vae / "diffusion_pytorch_model.fp16.safetensors")
     (text / "model.safetensors").rename(text / "pytorch_model.bin")
     (teacher / "notes").mkdir()
     (teacher / "notes" / "huge.ckpt").write_bytes(b"not a component")
@@ -242,7 +243,8 @@ def test_components_by_variant_and_without_pickles(tiny: Path, tmp_path: Path) -
     assert entries(plain / "text_encoder") == ["config.json", "pytorch_model.bin"]
     assert "notes" not in entries(plain)
     fp16 = unet_surgery.prune("bk_tiny", teacher, tmp_path / "fp16", variant="fp16").folder
-    assert (fp16 / "vae" / WEIGHTS).read_bytes() == b"half of a vae"
+    halves_file = vae / "diffusion_pytorch_model.fp16.safetensors"
+    assert (fp16 / "vae" / WEIGHTS).read_bytes() == halves_file.read_bytes()
     unet_surgery.check(fp16, teacher, variant="fp16")
 
 
@@ -540,7 +542,7 @@ def broken(tmp_path: Path, change: str) -> Path:
         ("missing", r"1 missing: up_blocks.1.resnets.2.conv1.weight"),
         ("extra", r"1 unexpected: up_blocks.9.conv.weight"),
         ("shape", r"conv1.weight is \[32, 47, 3, 3\], expected \[32, 48, 3, 3\]"),
-        ("prefix", r"whose names have a prefix"),
+        ("prefix", r"with a prefix before every name"),
     ],
 )
 def test_weights_against_config(tmp_path: Path, change: str, says: str) -> None:
@@ -568,7 +570,7 @@ def test_a_missing_component_is_named(tiny: Path, tmp_path: Path) -> None:
         (lambda t: (t / "vae" / WEIGHTS).unlink(), "weights beside config.json"),
         (lambda t: (t / "vae" / "config.json").unlink(), "config.json beside the weights"),
         (lambda t: [p.unlink() for p in (t / "tokenizer").iterdir()], "expected: files"),
-        (lambda t: (t / "vae" / "x.json").symlink_to("nowhere"), "a link that leads somewhere"),
+        (lambda t: (t / "vae" / "x.json").symlink_to("nowhere"), "a link that leads to a file"),
         (lambda t: (t / "model_index.json").write_text("{}"), "names no U-Net"),
         (lambda t: (t / "model_index.json").write_text("["), "not a valid JSON object"),
     ],

@@ -115,7 +115,7 @@ FORMS = [
     ("down.1.attentions.0.transformer_blocks.0.attn1", "nothing more", None),
     ("down.99999", "where an index belongs", None),
     ("down_blocks.1", "'down_blocks'", None),
-    ("down.\x1b[31m1", "\\x1b", None),
+    ("down.\x1b[31m1", "\\u001b", None),
 ]
 
 
@@ -283,7 +283,7 @@ WRONG_FILES = [
     ("name: x\nremove: " + "[" * 30 + "]" * 30 + "\n", "nested too deeply", ":2:"),
     ("name: x\nsummary: '" + "y" * 600 + "'\nremove: [mid]\n", "'summary' is wrong", ":2:1"),
     ("name: x\nextends: bk_tyny\n", "did you mean 'bk_tiny'?", ":2:1"),
-    ("name: x\nextends: ./nowhere.yaml\n", "no recipe file", ":2:1"),
+    ("name: x\nextends: ./nowhere.yaml\n", "nowhere.yaml does not exist", ":2:1"),
     ("name: x\nextends: [bk_base, ssd_1b]\n", "no family in common", ":2:1"),
     ("name: x\nremove: [mid]\nallow_skip_change: maybe\n", "'allow_skip_change' is wrong", ":3:1"),
 ]

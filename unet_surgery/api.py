@@ -12,7 +12,8 @@ from pathlib import Path
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student
 from unet_surgery.checkpoint.disk import Progress, write_file
-from unet_surgery.checkpoint.match import check_shapes
+from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
+from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.student import StudentOptions, write_student
 from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
@@ -85,20 +86,24 @@ def no_progress(_done: int, _total: int) -> None:
     """Watch nothing."""
 
 
-def inspect_model(teacher: str | Path, *, variant: str | None = None) -> ModelReport:
+def inspect_model(
+    teacher: str | Path, *, variant: str | None = None, max_header: str | int = MAX_HEADER_BYTES
+) -> ModelReport:
     """Describe a teacher's U-Net from its config and, where there are weights, their header.
+
+    A header larger than ``max_header`` (bytes, or text such as ``64MiB``) is refused, here and in all verbs.
 
     Raises:
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
     found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found)
+    opened = _open(found, max_header=max_header)
     config, graph = _graph(opened)
     stored = None
     if opened.weights is not None:
         with opened.open_weights() as weights:
-            check_shapes(shapes_of(graph), weights.shapes(), where=str(opened.unet))
+            _check_fit(graph, weights, opened)
             stored = weights.stored()
     return ModelReport(
         teacher_id=opened.teacher_id,
@@ -119,6 +124,7 @@ def plan(
     variant: str | None = None,
     dtype: str | None = None,
     teacher_id: str | None = None,
+    max_header: str | int = MAX_HEADER_BYTES,
 ) -> SurgeryPlan:
     """Decide the surgery of ``recipe`` on ``teacher`` (default: the recipe's own) without writing anything.
 
@@ -130,7 +136,7 @@ def plan(
     """
     chosen = _recipe(recipe)
     found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found, teacher_id)
+    opened = _open(found, teacher_id, max_header=max_header)
     if opened.weights is None:
         return _plan(chosen, opened, None, dtype)
     with opened.open_weights() as weights:
@@ -149,6 +155,7 @@ def prune(
     link: bool = False,
     force: bool = False,
     teacher_id: str | None = None,
+    max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
@@ -168,7 +175,7 @@ def prune(
     named = _teacher_of(chosen, teacher)
     _refuse_early(chosen, named, variant, dtype, teacher_id)
     found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
-    opened = _open(found, teacher_id)
+    opened = _open(found, teacher_id, max_header=max_header)
     target = Path(f"{found.name}-{chosen.name}" if out is None else out)
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
@@ -181,6 +188,7 @@ def check(
     teacher: str | Path | None = None,
     *,
     variant: str | None = None,
+    max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
 ) -> CheckReport:
     """Check a student folder against its plan and, with ``teacher``, every copied byte against the teacher's.
@@ -192,8 +200,8 @@ def check(
     opened = None
     if teacher is not None:
         found = resolve_teacher(str(teacher), weights=True, variant=variant, progress=progress)
-        opened = _open(found)
-    return check_student(Path(folder), opened, progress)
+        opened = _open(found, max_header=max_header)
+    return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
 def plan_families(recipe: Recipe) -> dict[str, SurgeryPlan]:
@@ -274,7 +282,13 @@ def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
     return recipe.teacher
 
 
-def _open(found: ResolvedTeacher, teacher_id: str | None = None, *, config_only: bool = False) -> TeacherFolder:
+def _open(
+    found: ResolvedTeacher,
+    teacher_id: str | None = None,
+    *,
+    config_only: bool = False,
+    max_header: str | int = MAX_HEADER_BYTES,
+) -> TeacherFolder:
     if teacher_id is not None and not is_hub_id(teacher_id):
         raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
     return open_teacher(
@@ -283,6 +297,7 @@ def _open(found: ResolvedTeacher, teacher_id: str | None = None, *, config_only:
         exact=found.exact,
         config_only=config_only,
         teacher_id=teacher_id or found.teacher_id,
+        max_header_bytes=parse_size(max_header),
     )
 
 
@@ -296,6 +311,11 @@ def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
     return config, build(config)
 
 
+def _check_fit(graph: UNetGraph, weights: Weights, teacher: TeacherFolder) -> None:
+    check_shapes(shapes_of(graph), weights.shapes(), where=str(teacher.unet))
+    check_dtypes(weights.dtypes(), where=str(teacher.unet))
+
+
 def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
     """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
     found = resolve_teacher(teacher, weights=False, variant=variant, progress=no_progress)
@@ -307,7 +327,7 @@ def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype
         raise UsageError(f"there is no dtype {dtype!r}", expected=", ".join(DTYPES))
     config, graph = _graph(teacher)
     if weights is not None:
-        check_shapes(shapes_of(graph), weights.shapes(), where=str(teacher.unet))
+        _check_fit(graph, weights, teacher)
     family = family_of(graph)
     if recipe.families is not None and family not in recipe.families:
         nearest = nearest_for_family(recipe, family)

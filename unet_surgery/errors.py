@@ -23,6 +23,8 @@ is the message the command line shows.
 
 from __future__ import annotations
 
+import json
+import reprlib
 from collections.abc import Sequence
 from typing import Self
 
@@ -42,6 +44,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WeightsMismatchError",
+    "escaped",
     "first_few",
     "printable",
 ]
@@ -49,18 +52,34 @@ __all__ = [
 MAX_QUOTED_CHARS = 200
 MAX_NAMES = 4
 
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = MAX_QUOTED_CHARS
+
 
 def printable(value: object) -> str:
     """Return ``value`` as one line that is safe to print: control characters escaped, 200 characters at most."""
-    text = value if isinstance(value, str) else repr(value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = value if isinstance(value, str) else _REPR.repr(value)
+    text = escaped(text[: MAX_QUOTED_CHARS + 1])  # what is cut away need not be looked at: it may be megabytes
     return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 1] + "…"
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """Return ``text`` with every character that is not printable, and not in ``keep``, as JSON escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in keep or c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def first_few(names: Sequence[str]) -> str:
     """Return the first four names, safe to print, and how many more there are."""
     shown = ", ".join(printable(name) for name in names[:MAX_NAMES])
     return shown + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+
+
+def _safe(text: str) -> str:
+    """Nothing that a file says may move the cursor or begin a line of its own, wherever it got into a message."""
+    return escaped(text, keep="\n").replace("\n", "\n            ")
 
 
 class SurgeryError(Exception):
@@ -85,7 +104,7 @@ class SurgeryError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [_safe(self.what)]
         for label, value in (
             ("where", self.where),
             ("expected", self.expected),
@@ -93,7 +112,7 @@ class SurgeryError(Exception):
             ("try", self.hint),
         ):
             if value is not None:
-                lines.append(f"  {label + ':':<10}{value}")
+                lines.append(f"  {label + ':':<10}{_safe(value)}")
         return "\n".join(lines)
 
     def at(self, where: str) -> Self:

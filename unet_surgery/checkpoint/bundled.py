@@ -15,11 +15,11 @@ from math import prod, sqrt
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
+from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.header import encode_header
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE
 from unet_surgery.checkpoint.staging import Staging
-from unet_surgery.checkpoint.teacher import INDEX
 from unet_surgery.checkpoint.writer import METADATA
 from unet_surgery.errors import OutputError
 from unet_surgery.graph import build, parse_config

@@ -8,23 +8,33 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from unet_surgery.checkpoint import disk
-from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.checkpoint.components import INDEX, read_components
+from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
+from unet_surgery.checkpoint.jsonfile import MAX_JSON_BYTES, read_object, read_regular
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
-from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder, check_component, component_names
+from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import student_tensors
-from unet_surgery.errors import SurgeryError, TeacherError, UsageError, VerificationError, first_few, printable
+from unet_surgery.errors import (
+    ConfigError,
+    SurgeryError,
+    TeacherError,
+    UsageError,
+    VerificationError,
+    first_few,
+    printable,
+)
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import SurgeryPlan, count, shapes_of
+from unet_surgery.recipe.yamlfile import parse_yaml
 
 __all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
 
 CHUNK_BYTES = 4 << 20
+MAX_PLAN_BYTES = 2 * MAX_JSON_BYTES  # SDXL's has half a megabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +58,12 @@ def read_plan(folder: Path) -> SurgeryPlan:
     """
     path = folder / PLAN
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, MAX_PLAN_BYTES).decode("utf-8")
+    except (TeacherError, UnicodeDecodeError) as error:
         raise VerificationError(
             "this folder has no readable plan.json",
             where=str(path),
-            found=printable(str(error)),
+            found=(error.found or error.what) if isinstance(error, TeacherError) else printable(str(error)),
             hint="point at a folder that unet-surgery prune wrote",
         ) from error
     try:
@@ -67,8 +77,16 @@ def unet_folder(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def check_student(folder: Path, teacher: TeacherFolder | None, progress: disk.Progress) -> CheckReport:
+def check_student(
+    folder: Path,
+    teacher: TeacherFolder | None,
+    progress: disk.Progress,
+    *,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> CheckReport:
     """Check config, header, names, shapes and dtypes against the plan, zeros, and with ``teacher`` every other byte.
+
+    ``max_header_bytes`` bounds the student's headers; the teacher brings its own bound.
 
     Raises:
         VerificationError: something is not as planned; names the tensors.
@@ -80,15 +98,15 @@ def check_student(folder: Path, teacher: TeacherFolder | None, progress: disk.Pr
     unet = unet_folder(folder)
     try:
         config = read_object(unet / CONFIG)
-        choice = choose_weights([p.name for p in unet.iterdir()], None, where=str(unet))
-        weights = open_weights(unet, choice)
+        choice = choose_weights(os.listdir(unet), None, where=str(unet))
+        weights = open_weights(unet, choice, max_header_bytes=max_header_bytes)
     except TeacherError as error:
         raise VerificationError(
             error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
         ) from error
     with weights:
         _check_by_reference(weights)
-        _check_plan(plan, folder)
+        _check_plan(plan, folder, max_header_bytes)
         _check_config(plan, config, unet)
         _check_names(plan, weights, folder)
         zeros = [name for name, source in plan.weights.items() if source is None]
@@ -120,25 +138,36 @@ def _check_by_reference(weights: Weights) -> None:
             raise VerificationError("the safetensors library finds other tensors in the file", where=str(file.path))
 
 
-def _check_plan(plan: SurgeryPlan, folder: Path) -> None:
+def _check_plan(plan: SurgeryPlan, folder: Path, max_header_bytes: int) -> None:
     """What the plan and the files beside it say twice must agree; a pipeline must have the parts that it names."""
     for side, config, counts in (
         ("teacher", plan.teacher_config, plan.teacher),
         ("student", plan.student_config, plan.student),
     ):
-        if count(build(parse_config(config))) != counts:
-            raise VerificationError("the plan's sizes are not those of its config", where=f"{folder / PLAN}, {side}")
+        try:
+            counted = count(build(parse_config(config)))
+        except ConfigError as error:
+            raise VerificationError(
+                "the plan holds a config that is none", where=f"{folder / PLAN}, {side}", found=error.what
+            ) from error
+        if counted != counts:
+            raise VerificationError(
+                "the plan's sizes are not those of its config",
+                where=f"{folder / PLAN}, {side}",
+                expected=f"{counted.params} parameters in {counted.tensors} tensors, {counted.macs} MACs",
+                found=f"{counts.params} parameters in {counts.tensors} tensors, {counts.macs} MACs",
+            )
     try:
-        recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise VerificationError("the recipe cannot be read", where=str(folder / RECIPE), found=str(error)) from error
+        recipe = parse_yaml(read_regular(folder / RECIPE, MAX_JSON_BYTES).decode("utf-8"), RECIPE).data
+    except (SurgeryError, UnicodeDecodeError) as error:
+        found = error.what if isinstance(error, SurgeryError) else printable(str(error))
+        raise VerificationError("the recipe cannot be read", where=str(folder / RECIPE), found=found) from error
     if recipe != plan.recipe:
         raise VerificationError("the recipe is not the plan's", where=str(folder / RECIPE), hint="prune again")
     if unet_folder(folder) == folder:
         return
     try:
-        for name in component_names(folder):
-            check_component(folder / name, os.listdir(folder / name) if (folder / name).is_dir() else ())
+        read_components(folder, None, max_header_bytes=max_header_bytes)
     except TeacherError as error:
         raise VerificationError(
             error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
@@ -167,7 +196,13 @@ def _check_names(plan: SurgeryPlan, weights: Weights, folder: Path) -> None:
     unet = unet_folder(folder)
     expected = shapes_of(build(parse_config(plan.student_config)))
     if expected.keys() != plan.weights.keys():
-        raise VerificationError("the plan's weight map and config disagree", where=str(folder / PLAN))
+        names = sorted(expected.keys() ^ plan.weights.keys())
+        raise VerificationError(
+            "the plan's weight map and config disagree",
+            where=str(folder / PLAN),
+            found=f"{len(names)} tensors stand in one of them only: {first_few(names)}",
+            hint="prune again",
+        )
     check_shapes(expected, weights.shapes(), where=str(unet), source="the plan", error=VerificationError)
     if plan.dtype is not None:
         wrong = [name for name in weights if weights.info(name).dtype != plan.dtype]

@@ -16,13 +16,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.checkpoint.jsonfile import parse_object
 from unet_surgery.errors import ContainerError, printable
 
-__all__ = ["DTYPE_BITS", "DTYPE_ORDER", "Header", "TensorInfo", "encode_header", "read_header", "recognise"]
+__all__ = ["DTYPE_BITS", "DTYPE_ORDER", "MAX_HEADER_BYTES", "Header", "TensorInfo", "encode_header", "read_header"]
 
-MAX_HEADER_BYTES = 8 << 20
+MAX_HEADER_BYTES = 8 << 20  # SD 1's header has 84 KB
+LARGEST_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_TENSOR_NAME = 512
+MAX_VALUES = 1 << 60
+MAX_CONTAINERS = 150_000  # in a header of MAX_HEADER_BYTES: 50,000 tensors
+MAX_COMMAS = 1_000_000
+TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 
 # In the reference implementation's order, which is the order it sorts by when it writes.
 DTYPE_BITS: Mapping[str, int] = {
@@ -51,14 +57,6 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 
-NOT_SAFETENSORS = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle"),
-    *((bytes((0x80, protocol)), "a pickle") for protocol in range(2, 6)),
-    (b"version https://git-lfs", "a Git LFS pointer: the weights themselves were not downloaded"),
-    (b"<", "an HTML or XML page: probably an error page saved as weights"),
-    (b"GGUF", "a GGUF file"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -84,6 +82,9 @@ class Header:
 def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
     """Read and check the header of the file open at ``fd``; ``name`` is what errors call it.
 
+    Time and memory are bounded by the header's size, whatever numbers it holds; ``max_bytes`` bounds that, and nothing
+    lets a header of more than 100,000,000 bytes pass.
+
     Raises:
         ContainerError: the file is not a valid safetensors file; says what is wrong with which tensor.
     """
@@ -95,7 +96,7 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
             "this is not a safetensors file",
             where=name,
             found=what,
-            hint="download or convert the safetensors weights; pickles are never opened",
+            hint="download or convert the safetensors weights; nothing but safetensors is ever opened",
         )
     if len(prefix) < 8:
         raise ContainerError(
@@ -113,11 +114,17 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
             found=f"{file_bytes - 8} bytes behind them",
             hint="download it again",
         )
-    if length > max_bytes:
+    limit = min(max_bytes, LARGEST_HEADER_BYTES)
+    if length > limit:
         raise ContainerError(
-            "the header is implausibly large", where=name, expected=f"at most {max_bytes} bytes", found=f"{length}"
+            "the header is implausibly large",
+            where=name,
+            expected=f"at most {limit} bytes",
+            found=f"{length} bytes",
+            hint=None if length > LARGEST_HEADER_BYTES else f"--max-header {length}, if you trust the file",
         )
     raw = os.pread(fd, length, 8)
+    _check_bulk(raw, max_bytes, name)
     if not raw.startswith(b"{"):
         raise ContainerError("the header is not a JSON object", where=name, expected="{", found=printable(raw[:8]))
     try:
@@ -148,12 +155,21 @@ def encode_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
-def recognise(start: bytes, file_bytes: int) -> str | None:
-    """Return what a file of this size and these first bytes is, if it is something known and not safetensors."""
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file_bytes - 8:
-        return None
-    text = start.lstrip()
-    return next((what for magic, what in NOT_SAFETENSORS if text.startswith(magic)), None)
+def _check_bulk(raw: bytes, max_bytes: int, file: str) -> None:
+    """Refuse what would become millions of objects: an empty list takes 3 bytes of JSON, and 64 of memory."""
+    share = max(1.0, max_bytes / MAX_HEADER_BYTES)
+    for what, found, most in (
+        ("lists and objects", raw.count(b"[") + raw.count(b"{"), MAX_CONTAINERS),
+        ("values", raw.count(b","), MAX_COMMAS),
+    ):
+        if found > most * share:
+            raise ContainerError(
+                f"the header holds implausibly many {what}",
+                where=file,
+                expected=f"at most {int(most * share)}",
+                found=str(found),
+                hint="SD 1 has 686 tensors, of 3 lists and objects each; --max-header raises this limit as well",
+            )
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
@@ -165,36 +181,59 @@ def _metadata(value: Any, file: str) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, data_start: int, file: str) -> TensorInfo:
-    where = f"{file}, tensor {printable(name)}"
+    problem = _problem(name, entry)
+    if problem is not None:
+        what, expected, found = problem
+        where = f"{file}, tensor {printable(name)}"
+        raise ContainerError(what, where=where, expected=expected, found=printable(found))
+    begin, end = entry["data_offsets"]
+    return TensorInfo(entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
+
+
+def _problem(name: str, entry: Any) -> tuple[str, str, object] | None:
+    """Return what is wrong with a tensor's entry, what was expected and what is there; None if nothing is."""
     if not 0 < len(name) <= MAX_TENSOR_NAME or not name.isprintable():
-        raise ContainerError("a tensor has an impossible name", where=where, expected="1 to 512 printable characters")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ContainerError(
-            "a tensor's entry is malformed",
-            where=where,
-            expected="dtype, shape and data_offsets",
-            found=printable(sorted(entry) if isinstance(entry, dict) else entry),
-        )
+        return "a tensor has an impossible name", "1 to 512 printable characters", f"{len(name)} characters"
+    if type(entry) is not dict or entry.keys() != TENSOR_KEYS:
+        found = sorted(entry) if isinstance(entry, dict) else entry
+        return "a tensor's entry is malformed", "dtype, shape and data_offsets", found
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ContainerError("a tensor has an unknown dtype", where=where, found=printable(dtype))
+    if type(dtype) is not str or dtype not in DTYPE_BITS:
+        return "a tensor has an unknown dtype", "F32, F16, BF16 or another of safetensors' names", dtype
     if not _all_naturals(shape):
-        raise ContainerError("a tensor has an impossible shape", where=where, found=printable(shape))
+        return "a tensor has an impossible shape", "a list of sizes, none negative", shape
     if not _all_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ContainerError("a tensor has impossible data_offsets", where=where, found=printable(offsets))
-    bits = prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise ContainerError(
-            "a tensor's shape and its bytes disagree",
-            where=where,
-            expected=f"{bits / 8:g} bytes for {dtype} {shape}",
-            found=f"{offsets[1] - offsets[0]} bytes",
-        )
-    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], offsets[1] - offsets[0])
+        return "a tensor has impossible data_offsets", "[begin, end] in bytes", offsets
+    bits = _num_values(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        expected = f"{_in_bytes(bits)} for {dtype} {printable(shape)}"
+        return "a tensor's shape and its bytes disagree", expected, f"{offsets[1] - offsets[0]} bytes"
+    return None
+
+
+def _num_values(shape: list[int]) -> int:
+    """Return the product, or a number beyond any file once it is passed: a million sizes must not make a bignum."""
+    values = 1
+    for size in shape:
+        values *= size
+        if values > MAX_VALUES:
+            return MAX_VALUES
+    return values
+
+
+def _in_bytes(bits: int) -> str:
+    if bits >= MAX_VALUES:
+        return "more bytes than a file can have"
+    return f"{bits // 8} bytes" if bits % 8 == 0 else f"{bits / 8:.1f} bytes (no whole number)"
 
 
 def _all_naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    if type(value) is not list:
+        return False
+    for item in value:  # noqa: SIM110  # all() takes three times as long, and this runs twice a tensor
+        if type(item) is not int or item < 0:
+            return False
+    return True
 
 
 def _check_cover(tensors: Mapping[str, TensorInfo], data_start: int, file_bytes: int, file: str) -> None:

@@ -1,38 +1,83 @@
-"""JSON with nothing ambiguous in it: duplicate keys, NaN, huge integers and bad UTF-8 are refused."""
+"""JSON with nothing ambiguous in it: duplicate keys, NaN, huge integers, lone surrogates and bad UTF-8 are refused."""
 
 from __future__ import annotations
 
 import json
+import os
+import stat
+from math import isinf
 from pathlib import Path
 from typing import Any, NoReturn
 
+from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.errors import SurgeryError, TeacherError, printable
 
-__all__ = ["parse_object", "read_object"]
+__all__ = ["MAX_JSON_BYTES", "kind_of", "parse_object", "read_object", "read_regular"]
 
-MAX_BYTES = 8 << 20
-MAX_DIGITS = 20
+MAX_JSON_BYTES = 8 << 20
+SURROGATES = range(0xD800, 0xE000)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of at most 8 MiB.
+def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a regular file of at most ``max_bytes``.
 
     Raises:
         TeacherError: the file cannot be read or is not one unambiguous JSON object.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise TeacherError("a JSON file is too large", where=str(path), expected="8 MiB", found=f"{size} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise TeacherError("a JSON file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+    data = read_regular(path, max_bytes)
     try:
         return parse_object(data)
     except ValueError as error:
-        raise TeacherError("this is not a valid JSON object", where=str(path), found=printable(str(error))) from error
+        what = recognise(data[:64], len(data))
+        raise TeacherError(
+            "this is not a valid JSON object",
+            where=str(path),
+            found=what or printable(str(error)),
+            hint="download it again" if what else None,
+        ) from error
     except SurgeryError as error:
         raise error.at(str(path)) from None
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """Return the content of a regular file: a FIFO is not waited for, a device not read.
+
+    Raises:
+        TeacherError: it is something else, larger than ``max_bytes``, or cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise TeacherError("a file cannot be read", where=str(path), found=error.strerror or str(error)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise TeacherError("this is not a regular file", where=str(path), found=kind_of(status.st_mode))
+        if status.st_size > max_bytes:
+            raise TeacherError(
+                "a file is implausibly large",
+                where=str(path),
+                expected=f"at most {max_bytes} bytes",
+                found=f"{status.st_size} bytes",
+            )
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        raise TeacherError("a file cannot be read", where=str(path), found=error.strerror) from error
+    finally:
+        os.close(fd)
+
+
+def kind_of(mode: int) -> str:
+    """Return in words what a file of this mode is."""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a special file")
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -46,7 +91,10 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_bounded_int)
+        # integers of more than 4300 digits are a ValueError of Python's own
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if "\\ud" in text or "\\uD" in text:
+            _refuse_surrogates(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -58,10 +106,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {printable(key)!r} stands twice")
-            seen.add(key)
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {printable(twice)!r} stands twice")
     return result
 
 
@@ -69,7 +115,22 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _bounded_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if isinf(number):
+        raise ValueError(f"a number beyond what a float holds ({printable(digits)})")
+    return number
+
+
+def _refuse_surrogates(value: Any) -> None:
+    """Half a character cannot be written as UTF-8, so a plan that carries it could not be stored."""
+    if isinstance(value, str):
+        if any(ord(c) in SURROGATES for c in value):
+            raise ValueError(f"half a character (a lone surrogate) in {printable(value)!r}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_surrogates(key)
+            _refuse_surrogates(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_surrogates(item)

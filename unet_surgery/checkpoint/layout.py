@@ -11,9 +11,17 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from unet_surgery.errors import TeacherError
+from unet_surgery.errors import TeacherError, first_few
 
-__all__ = ["UNET_BASE", "WeightsChoice", "choose_weights", "component_files", "is_weights_file", "shard_files"]
+__all__ = [
+    "UNET_BASE",
+    "WeightsChoice",
+    "choose_weights",
+    "component_files",
+    "component_weights",
+    "is_weights_file",
+    "shard_files",
+]
 
 UNET_BASE = "diffusion_pytorch_model"
 BASES = (UNET_BASE, "model")
@@ -79,12 +87,11 @@ def component_files(names: Sequence[str], variant: str | None) -> dict[str, str]
     index gives.
     """
     kept = {name: name for name in names if not is_weights_file(name)}
-    for base in BASES:
-        choices = _safetensors_choices(names, base)
-        chosen = choices.get(variant) or choices.get(None) or next(iter(choices.values()), None)
-        if chosen is not None:
-            plain = f"{base}.safetensors.index.json" if chosen.sharded else f"{base}.safetensors"
-            return dict(sorted({**kept, **{n: n for n in shard_files(names, chosen)}, chosen.file: plain}.items()))
+    chosen = component_weights(names, variant)
+    if chosen is not None:
+        base = chosen.file.partition(".")[0]
+        plain = f"{base}.safetensors.index.json" if chosen.sharded else f"{base}.safetensors"
+        return dict(sorted({**kept, **{n: n for n in shard_files(names, chosen)}, chosen.file: plain}.items()))
     pickles = {match["variant"]: name for name in sorted(names) if (match := _PICKLE.fullmatch(name))}
     chosen_pickle = pickles.get(variant) or pickles.get(None) or next(iter(pickles.values()), None)
     if chosen_pickle is not None:
@@ -92,6 +99,16 @@ def component_files(names: Sequence[str], variant: str | None) -> dict[str, str]
     else:
         kept |= {name: name for name in names if _SHARDED_PICKLE.fullmatch(name)}
     return dict(sorted(kept.items()))
+
+
+def component_weights(names: Collection[str], variant: str | None) -> WeightsChoice | None:
+    """Return the safetensors weights of a component: ``variant`` if it is there, else the plain ones, else any."""
+    for base in BASES:
+        choices = _safetensors_choices(names, base)
+        chosen = choices.get(variant) or choices.get(None) or next(iter(choices.values()), None)
+        if chosen is not None:
+            return chosen
+    return None
 
 
 def shard_files(names: Collection[str], choice: WeightsChoice) -> list[str]:
@@ -120,5 +137,4 @@ def _safetensors_choices(names: Collection[str], base: str) -> dict[str | None, 
 
 
 def _listing(names: Collection[str]) -> str:
-    shown = sorted(names)[:6]
-    return ", ".join(shown) + (" …" if len(names) > 6 else "") if shown else "an empty folder"
+    return first_few(sorted(names)) or "an empty folder"

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from unet_surgery.errors import SurgeryError, WeightsMismatchError, first_few
+from unet_surgery.checkpoint.foreign import recognise_names
+from unet_surgery.errors import SurgeryError, WeightsMismatchError, first_few, printable
 
-__all__ = ["check_shapes"]
+__all__ = ["check_dtypes", "check_shapes"]
+
+# What can be copied as it is and still means the same: fp8 is a float of its own, integers are codes for some scale.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
-_FOREIGN = (
-    ("a LoRA: an adapter for a U-Net, not a U-Net", lambda n: "lora_" in n or ".lora." in n),
-    ("a single-file checkpoint in the original LDM layout", lambda n: n.startswith("model.diffusion_model.")),
-    ("a ControlNet", lambda n: n.startswith("controlnet_")),
-    ("a VAE", lambda n: n.startswith(("encoder.down", "decoder.up", "post_quant_conv"))),
-    (
-        "a diffusion transformer (SD 3 or Flux), not a U-Net",
-        lambda n: "joint_blocks" in n or "single_transformer" in n,
-    ),
-    (
-        "a U-Net whose names have a prefix (DDP's module. or torch.compile's _orig_mod.)",
-        lambda n: n.startswith(("module.", "_orig_mod.", "unet.")),
-    ),
-)
+def check_dtypes(dtypes: Mapping[str, str], *, where: str) -> None:
+    """Check that every tensor holds floating point numbers: quantised weights mean nothing without their scales.
+
+    Raises:
+        WeightsMismatchError: names the tensors that do not.
+    """
+    codes = [name for name, dtype in dtypes.items() if dtype not in FLOATS]
+    if codes:
+        raise WeightsMismatchError(
+            "the weights are not floating point numbers: quantised, and their scales are not there",
+            where=where,
+            expected="fp32, fp16, bf16, fp64 or fp8",
+            found=f"{len(codes)} tensors of {', '.join(sorted({dtypes[name] for name in codes}))}: {first_few(codes)}",
+            hint="take the model's weights from before quantisation",
+        )
 
 
 def check_shapes(
@@ -50,9 +55,9 @@ def check_shapes(
         problems.append(_first("unexpected", extra))
     if wrong:
         first = wrong[0]
-        shapes = f"{first} is {list(found[first])}, expected {list(expected[first])}"
+        shapes = f"{first} is {printable(list(found[first]))}, expected {list(expected[first])}"
         problems.append(f"{len(wrong)} of another shape ({shapes})")
-    what = next((label for label, test in _FOREIGN if extra and any(test(name) for name in extra)), None)
+    what = recognise_names(extra)
     raise error(
         f"the weights do not fit {source}",
         where=where,

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from unet_surgery.checkpoint.header import Header, TensorInfo, read_header
-from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
+from unet_surgery.checkpoint.jsonfile import kind_of, read_object
 from unet_surgery.checkpoint.layout import WeightsChoice
 from unet_surgery.errors import ContainerError, TeacherError, printable
 from unet_surgery.lower import StoredFile, StoredWeights
 
 __all__ = ["OpenFile", "Weights", "open_weights"]
+
+MAX_SHARDS = 256  # all of them are open at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,9 @@ class Weights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, (_, info) in self._where.items()}
 
+    def dtypes(self) -> dict[str, str]:
+        return {name: info.dtype for name, (_, info) in self._where.items()}
+
     def tensor_bytes(self) -> dict[str, int]:
         return {name: info.num_bytes for name, (_, info) in self._where.items()}
 
@@ -99,24 +104,32 @@ class Weights:
             file.check_unchanged()
 
 
-def open_weights(folder: Path, choice: WeightsChoice) -> Weights:
-    """Open the chosen weights of ``folder`` and check every header.
+def open_weights(folder: Path, choice: WeightsChoice, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Weights:
+    """Open the chosen weights of ``folder`` and check every header, each of at most ``max_header_bytes``.
 
     Raises:
         TeacherError: a file is missing, not a regular file, damaged, or contradicts the index.
     """
     if not choice.sharded:
-        return Weights(_open_all([folder / choice.file]))
+        return Weights(_open_all([folder / choice.file], max_header_bytes))
     index_path = folder / choice.file
     weight_map = read_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ContainerError("the index has no weight_map", where=str(index_path), expected="tensor name → shard file")
-    for shard in set(weight_map.values()):
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", "..") or not shard.isprintable():
             raise ContainerError(
                 "the index names a file outside its folder", where=str(index_path), found=printable(shard)
             )
-    weights = Weights(_open_all([folder / shard for shard in sorted(set(weight_map.values()))]))
+    if len(shards) > MAX_SHARDS:
+        raise ContainerError(
+            "the index names implausibly many shards",
+            where=str(index_path),
+            expected=f"at most {MAX_SHARDS}",
+            found=f"{len(shards)}",
+        )
+    weights = Weights(_open_all([folder / shard for shard in shards], max_header_bytes))
     try:
         _check_index(weights, weight_map, index_path)
     except BaseException:
@@ -125,11 +138,11 @@ def open_weights(folder: Path, choice: WeightsChoice) -> Weights:
     return weights
 
 
-def _open_all(paths: list[Path]) -> list[OpenFile]:
+def _open_all(paths: list[Path], max_header_bytes: int) -> list[OpenFile]:
     files: list[OpenFile] = []
     try:
         for path in paths:
-            files.append(_open(path))  # noqa: PERF401  # what is open so far must be closed
+            files.append(_open(path, max_header_bytes))  # noqa: PERF401  # what is open so far must be closed
     except BaseException:
         for file in files:
             os.close(file.fd)
@@ -137,7 +150,7 @@ def _open_all(paths: list[Path]) -> list[OpenFile]:
     return files
 
 
-def _open(path: Path) -> OpenFile:
+def _open(path: Path, max_header_bytes: int) -> OpenFile:
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -148,8 +161,8 @@ def _open(path: Path) -> OpenFile:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise TeacherError("a weights file is not a regular file", where=str(path))
-        return OpenFile(path, fd, read_header(fd, str(path)), status)
+            raise TeacherError("a weights file is not a regular file", where=str(path), found=kind_of(status.st_mode))
+        return OpenFile(path, fd, read_header(fd, str(path), max_bytes=max_header_bytes), status)
     except BaseException:
         os.close(fd)
         raise
@@ -164,10 +177,13 @@ def _check_index(weights: Weights, weight_map: Mapping[str, str], index_path: Pa
                 where=f"{index_path}, tensor {printable(name)}",
                 expected=f"in {printable(shard)}",
                 found=f"in {found}",
+                hint="download index and shards again",
             )
     for name in weights:
         if name not in weight_map:
             raise ContainerError(
                 "a shard holds a tensor that the index does not list",
                 where=f"{weights.locate(name)[0].path}, tensor {printable(name)}",
+                expected=f"every tensor in {index_path.name}",
+                hint="download index and shards again",
             )

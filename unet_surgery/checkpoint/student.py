@@ -9,13 +9,14 @@ from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.card import write_card
+from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import is_weights_file
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
-from unet_surgery.checkpoint.teacher import INDEX, TeacherFolder
+from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_weights
-from unet_surgery.errors import OutputError, SurgeryError, TeacherError, printable
+from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_few
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 
 __all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "config_text", "write_student"]
@@ -110,7 +111,7 @@ def _check_replaceable(folder: Path) -> None:
         raise OutputError(
             "--force would delete files that prune did not write",
             where=str(folder),
-            found=", ".join(printable(name) for name in added[:4]) + (" …" if len(added) > 4 else ""),
+            found=first_few(added),
             hint="move them away, or choose another --out",
         )
 

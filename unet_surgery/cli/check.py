@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unet_surgery.cli.options import Compared, Json, Quiet, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Compared, Json, MaxHeader, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show, show_json
 
 __all__ = ["Student", "check"]
@@ -17,7 +17,12 @@ Student = Annotated[Path, typer.Argument(help="A folder that unet-surgery prune 
 
 @command
 def check(
-    folder: Student, teacher: Compared = None, variant: Variant = None, as_json: Json = False, quiet: Quiet = False
+    folder: Student,
+    teacher: Compared = None,
+    variant: Variant = None,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a student against its plan and, with --teacher, every copied byte against the teacher's. Needs no torch.
 
@@ -27,7 +32,7 @@ def check(
     from unet_surgery.cli.format import gigabytes
 
     with progress_bar("comparing", quiet) as progress:
-        report = run(folder, teacher, variant=variant, progress=progress)
+        report = run(folder, teacher, variant=variant, max_header=max_header, progress=progress)
     if as_json:
         from dataclasses import asdict
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from unet_surgery.cli.options import Json, TeacherArgument, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Json, MaxHeader, TeacherArgument, Variant
 from unet_surgery.cli.sink import command, show, show_json, table
 
 __all__ = ["inspect"]
 
 
 @command
-def inspect(teacher: TeacherArgument, variant: Variant = None, as_json: Json = False) -> None:
+def inspect(
+    teacher: TeacherArgument,
+    variant: Variant = None,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
+    as_json: Json = False,
+) -> None:
     """Show what a U-Net consists of, and which of it a recipe may remove.
 
     Reads the config and, where there are weights, their header. MACs are of one forward at batch 1 and the
@@ -21,9 +26,10 @@ def inspect(teacher: TeacherArgument, variant: Variant = None, as_json: Json = F
 
     from unet_surgery import inspect_model
     from unet_surgery.cli.format import share, weights_line
+    from unet_surgery.errors import first_few
     from unet_surgery.lower import quantity
 
-    report = inspect_model(teacher, variant=variant)
+    report = inspect_model(teacher, variant=variant, max_header=max_header)
     if as_json:
         show_json(asdict(report))
         return
@@ -36,7 +42,7 @@ def inspect(teacher: TeacherArgument, variant: Variant = None, as_json: Json = F
     )
     show(weights_line(report.weights))
     if report.unknown_keys:
-        show(f"config keys that diffusers does not know, carried along: {', '.join(report.unknown_keys)}")
+        show(f"config keys that diffusers does not know, carried along: {first_few(report.unknown_keys)}")
     indent = {"layer": 1, "attention": 2, "sampler": 1}
     rows = []
     for node in report.nodes:

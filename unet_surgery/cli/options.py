@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Compared", "Dtype", "Json", "Quiet", "RecipeName", "Teacher", "TeacherArgument", "TeacherId", "Variant"]
+__all__ = [
+    "DEFAULT_MAX_HEADER",
+    "Compared",
+    "Dtype",
+    "Json",
+    "MaxHeader",
+    "Quiet",
+    "RecipeName",
+    "Teacher",
+    "TeacherArgument",
+    "TeacherId",
+    "Variant",
+]
+
+DEFAULT_MAX_HEADER = "8MiB"
 
 TEACHER_HELP = (
     "A diffusers folder (pipeline or U-Net), a Hub id org/name[@revision], or a built-in name: "
@@ -26,6 +40,9 @@ TeacherId = Annotated[str | None, typer.Option("--teacher-id", help="What the ca
 Variant = Annotated[str | None, typer.Option("--variant", help="Take the weights of this variant, such as fp16.")]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Convert weights to fp32, fp16 or bf16. Default: copy them as they are.")
+]
+MaxHeader = Annotated[
+    str, typer.Option("--max-header", help="Refuse safetensors headers larger than this (SD v1's has 84 KB).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; results and errors only.")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import Dtype, Json, RecipeName, Teacher, TeacherId, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Dtype, Json, MaxHeader, RecipeName, Teacher, TeacherId, Variant
 from unet_surgery.cli.sink import command, show, table
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def plan(
     variant: Variant = None,
     dtype: Dtype = None,
     teacher_id: TeacherId = None,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph's differences, node by node.")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def plan(
     """
     from unet_surgery.api import plan as make
 
-    decided = make(recipe, teacher, variant=variant, dtype=dtype, teacher_id=teacher_id)
+    decided = make(recipe, teacher, variant=variant, dtype=dtype, teacher_id=teacher_id, max_header=max_header)
     if as_json:
         show(decided.to_json().rstrip("\n"))
     elif graph:
@@ -49,6 +50,7 @@ def plan(
 def show_plan(plan: SurgeryPlan, teacher: str | None = None) -> None:
     """Print a plan: sizes, stages, config, skips, what is unused and why, what will be written."""
     from unet_surgery.cli.format import change, gigabytes, value, weights_line
+    from unet_surgery.errors import first_few
     from unet_surgery.lower import quantity
 
     before, after = plan.teacher, plan.student
@@ -92,7 +94,7 @@ def show_plan(plan: SurgeryPlan, teacher: str | None = None) -> None:
             "zeroed, so it adds nothing"
         )
     if plan.carried_keys:
-        show(f"config keys that diffusers does not know, carried along: {', '.join(plan.carried_keys)}")
+        show(f"config keys that diffusers does not know, carried along: {first_few(plan.carried_keys)}")
     copied = sum(source is not None for source in plan.weights.values())
     renamed = sum(source not in (None, name) for name, source in plan.weights.items())
     how = f"converted to {plan.dtype}" if plan.dtype else "copied byte for byte"

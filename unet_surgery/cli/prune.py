@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from unet_surgery.cli.options import Dtype, Quiet, RecipeName, Teacher, TeacherId, Variant
+from unet_surgery.cli.options import (
+    DEFAULT_MAX_HEADER,
+    Dtype,
+    MaxHeader,
+    Quiet,
+    RecipeName,
+    Teacher,
+    TeacherId,
+    Variant,
+)
 from unet_surgery.cli.sink import command, progress_bar, say, show
 
 __all__ = ["prune"]
@@ -31,6 +40,7 @@ def prune(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a student that is there already.")] = False,
     teacher_id: TeacherId = None,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
     quiet: Quiet = False,
 ) -> None:
     """Write the student of a recipe and a teacher: a folder that plain diffusers loads.
@@ -67,6 +77,7 @@ def prune(
             link=link,
             force=force,
             teacher_id=teacher_id,
+            max_header=max_header,
             progress=progress,
         )
     show(str(result.folder))

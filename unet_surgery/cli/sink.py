@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from unet_surgery.errors import SurgeryError, printable
+from unet_surgery.errors import SurgeryError, escaped, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _prepare() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, handlers=[_Talk()])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_terminate)
     for stream in (sys.stdout, sys.stderr):
@@ -98,25 +98,25 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"error: {error.strerror or error}{place}", 4
         case _:
             hint = "" if _state.debug else "\n  try:      unet-surgery --debug … and report what it shows"
-            return f"error: {type(error).__name__}: {error} (this is a fault of unet-surgery){hint}", 1
+            return f"error: {type(error).__name__}: {printable(str(error))} (this is a fault of unet-surgery){hint}", 1
 
 
 def say(text: str) -> None:
     """Tell the user something: stderr."""
-    typer.echo(text, err=True)
+    typer.echo(_harmless(text), err=True)
 
 
 def show(data: str | Table) -> None:
     """Give the user what was asked for: stdout."""
     if isinstance(data, str):
-        typer.echo(data)
+        typer.echo(_harmless(data))
     else:
         _console(sys.stdout).print(data)
 
 
 def show_json(data: Any) -> None:
     """Give data as JSON: stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    typer.echo(_harmless(json.dumps(data, indent=2, ensure_ascii=False)))
 
 
 def table(
@@ -132,8 +132,20 @@ def table(
         result.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         # Text, not str: what comes from files is never read as markup.
-        result.add_row(*(Text(cell) for cell in row))
+        result.add_row(*(Text(_harmless(cell)) for cell in row))
     return result
+
+
+class _Talk(logging.Handler):
+    """What the library logs is talk as well."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def _harmless(text: str) -> str:
+    """Escape what could steer a terminal, wherever it came from; the escapes are JSON's, so JSON stays what it is."""
+    return escaped(text, keep="\n\t")
 
 
 @contextmanager

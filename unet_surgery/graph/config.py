@@ -33,6 +33,7 @@ MAX_LEVELS = 8
 MAX_LAYERS = 16
 MAX_CHANNELS = 16_384
 MAX_DEPTH = 64
+MAX_TRANSFORMER_BLOCKS = 1024  # in all; SDXL has 70
 MAX_EMBEDDING = 1_048_576
 MAX_KERNEL = 31
 
@@ -281,6 +282,13 @@ def _levels(read: _Reader) -> tuple[Level, ...]:
         )
     )
     _check_groups(read, levels)
+    num_blocks = sum(sum(depths) for level in levels for depths in (level.down_depths, level.up_depths))
+    if num_blocks > MAX_TRANSFORMER_BLOCKS:
+        raise read.wrong(
+            "transformer_layers_per_block",
+            f"{MAX_TRANSFORMER_BLOCKS} transformer blocks at most in the whole U-Net",
+            hint=f"it asks for {num_blocks}",
+        )
     return levels
 
 

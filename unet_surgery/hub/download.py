@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.layout import choose_weights, component_files, shard_files
-from unet_surgery.checkpoint.teacher import INDEX
 from unet_surgery.errors import HubError, OutputError, SurgeryError, TeacherError
 
 __all__ = ["Download", "download", "needed_files"]

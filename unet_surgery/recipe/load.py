@@ -12,11 +12,12 @@ from typing import Any
 from unet_surgery.errors import RecipeError, SurgeryError, printable
 from unet_surgery.graph import FAMILIES, Selection, Skipped, UNetGraph, resolve
 from unet_surgery.recipe.schema import Recipe
-from unet_surgery.recipe.yamlfile import LocatedData, parse_yaml
+from unet_surgery.recipe.yamlfile import MAX_BYTES, LocatedData, parse_yaml
 
 __all__ = ["builtin_names", "builtin_text", "find_recipe", "load_recipe", "read_recipe_file", "select"]
 
 SUFFIXES = (".yaml", ".yml")
+MAX_CHAIN = 20
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -28,7 +29,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         RecipeError: no such recipe or file, wrong YAML, a wrong key or value (with line, column and the
             nearest valid spelling), or recipes that extend each other in a circle.
     """
-    return _follow(find_recipe(name_or_path), ())
+    return _follow(find_recipe(name_or_path), (), {})
 
 
 def builtin_names() -> list[str]:
@@ -53,8 +54,9 @@ def find_recipe(name_or_path: str | Path, relative_to: Path | None = None) -> Pa
         if relative_to is not None and not path.is_absolute():
             path = relative_to / path
         if not path.is_file():
+            what = "is not a file" if os.path.lexists(path) else "does not exist"
             raise RecipeError(
-                f"there is no recipe file {printable(text)}",
+                f"the recipe file {printable(text)} {what}",
                 hint="built-in recipes are named without .yaml: " + ", ".join(builtin_names()),
             )
         return path
@@ -76,9 +78,14 @@ def read_recipe_file(path: Path) -> tuple[Recipe, LocatedData]:
     """Return one file's recipe as it is written, ``extends`` not followed, and where its values stand."""
     shown = f"recipes/{path.name}" if path.parent == _builtin_folder() else str(path)
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("the recipe file cannot be read as UTF-8 text", where=shown, found=str(error)) from error
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8", "strict" if len(data) <= MAX_BYTES else "replace")  # parsing refuses the size
+    except OSError as error:
+        raise RecipeError("the recipe file cannot be read", where=shown, found=error.strerror) from error
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is none"
+        raise RecipeError("the recipe file cannot be read as UTF-8 text", where=shown, found=found) from error
     located = parse_yaml(text, shown)
     try:
         return Recipe(**located.data), located
@@ -112,19 +119,25 @@ def _builtin_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
-def _follow(path: Path, above: tuple[Path, ...]) -> Recipe:
-    recipe, located = read_recipe_file(path)
+def _follow(path: Path, above: tuple[Path, ...], known: dict[Path, Recipe]) -> Recipe:
+    """Return the recipe in ``path`` with its bases' removals; ``known`` holds what was followed already."""
     real = path.resolve()
+    if real in known:  # read once, however often it is extended: each of thirty files may name the next one twice
+        return known[real]
+    recipe, located = read_recipe_file(path)
     if real in above:
         circle = " → ".join(p.name for p in (*above[above.index(real) :], real))
         raise RecipeError("recipes extend each other in a circle", where=located.where(("extends",)), found=circle)
+    if len(above) >= MAX_CHAIN:
+        raise RecipeError("recipes extend each other too deeply", where=located.file, expected=f"at most {MAX_CHAIN}")
     bases = []
     for i, base in enumerate(recipe.extends):
         try:
-            bases.append(_follow(find_recipe(base, relative_to=path.parent), (*above, real)))
+            bases.append(_follow(find_recipe(base, relative_to=path.parent), (*above, real), known))
         except RecipeError as error:
             raise error.at(located.where(("extends", i))) from None
-    return _union(recipe, located, bases)
+    known[real] = _union(recipe, located, bases)
+    return known[real]
 
 
 def _union(recipe: Recipe, located: LocatedData, bases: Sequence[Recipe]) -> Recipe:

@@ -17,6 +17,7 @@ from unet_surgery.graph.select import parse_selector
 __all__ = ["Recipe"]
 
 
+NOTHING_TO_DO = "a recipe needs remove: or extends:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -24,19 +25,19 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, (list, tuple, type(None))):
-        raise ValueError("expected a list, one entry a line")  # noqa: TRY004  # pydantic lets TypeError through
+        raise ValueError("a list, one entry a line")  # noqa: TRY004  # pydantic lets TypeError through
     return value
 
 
 def _named(value: Any) -> Any:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise ValueError("expected letters, digits and _ . - only, 64 at most: it becomes part of a folder's name")
+        raise ValueError("letters, digits and _ . - only, 64 at most: it becomes part of a folder's name")
     return value
 
 
 def _selector(value: Any) -> Any:
     if isinstance(value, (int, float, bool)) or value is None:
-        raise ValueError(f"a selector is text; quote it: {str(value).lower()!r}")
+        raise ValueError(f"a selector, which is text; quote it: {str(value).lower()!r}")
     if isinstance(value, str):
         try:
             parse_selector(value)
@@ -98,7 +99,7 @@ class Recipe(BaseModel):
 
     def model_post_init(self, _context: Any) -> None:
         if not self.remove and not self.extends:
-            raise ValueError("a recipe needs remove: or extends:")
+            raise ValueError(NOTHING_TO_DO)
 
     def located(self, origins: tuple[str, ...], families_origin: str) -> Recipe:
         """Return the recipe with the places its removals and families were written at."""
@@ -132,13 +133,13 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> RecipeError:
     path = tuple(part for part in first["loc"] if isinstance(part, (str, int)))
     key = str(path[0]) if path else ""
     result = (_wrong_selector(data, path) if key == "remove" else None) or _wrong_value(
-        key, first["type"], first["msg"]
+        key, first["type"], first["msg"], data.get(key)
     )
     result.path = path
     return result
 
 
-def _wrong_value(key: str, kind: str, message: str) -> RecipeError:
+def _wrong_value(key: str, kind: str, message: str, found: object) -> RecipeError:
     if kind == "extra_forbidden":
         close = get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
         return RecipeError(
@@ -149,7 +150,9 @@ def _wrong_value(key: str, kind: str, message: str) -> RecipeError:
     if kind == "missing":
         return RecipeError(f"the recipe has no {key!r}", hint=f"add {key}: …")
     message = message.removeprefix("Value error, ")
-    return RecipeError(f"the recipe's {key!r} is wrong: {message}" if key else message)
+    if not key:
+        return RecipeError(message, hint="list selectors under remove:, or name a recipe after extends:")
+    return RecipeError(f"the recipe's {key!r} is wrong", expected=message, found=printable(found))
 
 
 def _wrong_selector(data: Mapping[str, Any], path: tuple[str | int, ...]) -> SelectorError | None:

@@ -14,10 +14,14 @@ import yaml
 
 from unet_surgery.errors import RecipeError, printable
 
-__all__ = ["LocatedData", "Path", "parse_yaml"]
+__all__ = ["MAX_BYTES", "LocatedData", "Path", "parse_yaml"]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
+MAX_EVENTS = 20_000  # two a value, or so: a recipe has dozens
+
+# libyaml where PyYAML was built with it: the parser in Python takes 40 s for a hostile megabyte
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Path = tuple[str | int, ...]
 
@@ -56,18 +60,20 @@ def parse_yaml(text: str, file: str) -> LocatedData:
         raise RecipeError("the recipe file is too large", where=file, expected="at most 1 MiB")
     try:
         _refuse_more_than_data(text, file)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(
-            f"the recipe is not valid YAML: {printable(error.problem or 'unreadable')}",
+            "the recipe is not valid YAML",
             where=f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file,
+            found=printable(error.problem or "unreadable"),
             hint=None
             if error.problem is None or "alias" not in error.problem
             else "quote a selector that begins with *",
         ) from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe is not valid YAML: {printable(str(error))}", where=file) from error
+        found = printable(str(error).partition("\n")[0])
+        raise RecipeError("the recipe is not valid YAML", where=file, found=found) from error
     marks: dict[Path, tuple[int, int]] = {}
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError("the recipe is not a mapping", where=f"{file}:1:1", expected="keys such as name: and remove:")
@@ -76,30 +82,32 @@ def parse_yaml(text: str, file: str) -> LocatedData:
 
 def _refuse_more_than_data(text: str, file: str) -> None:
     depth = documents = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         mark = event.start_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        if isinstance(event, yaml.AliasEvent):
-            raise RecipeError(
-                "YAML aliases are not allowed in a recipe",
-                where=where,
-                found=f"*{printable(event.anchor)}",
-                hint=f'quote it if it is a selector: "*{printable(event.anchor)}"',
-            )
-        for kind, mark_of in (("anchors", "anchor"), ("tags", "tag")):
-            found = getattr(event, mark_of, None)
-            if found is not None:
-                raise RecipeError(f"YAML {kind} are not allowed in a recipe", where=where, found=printable(found))
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
+        _refuse_event(event, where)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
             raise RecipeError("the recipe is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels")
         if documents > 1:
             raise RecipeError("the recipe holds a second YAML document", where=where, expected="one recipe a file")
+        if number > MAX_EVENTS:
+            raise RecipeError("the recipe has too many values", where=where, expected=f"at most {MAX_EVENTS // 2}")
+
+
+def _refuse_event(event: yaml.Event, where: str) -> None:
+    if isinstance(event, yaml.AliasEvent):
+        raise RecipeError(
+            "YAML aliases are not allowed in a recipe",
+            where=where,
+            found=f"*{printable(event.anchor)}",
+            hint=f'quote it if it is a selector: "*{printable(event.anchor)}"',
+        )
+    for kind, mark_of in (("anchors", "anchor"), ("tags", "tag")):
+        found = getattr(event, mark_of, None)
+        if found is not None:
+            raise RecipeError(f"YAML {kind} are not allowed in a recipe", where=where, found=printable(found))
 
 
 def _construct(node: yaml.Node, path: Path, marks: dict[Path, tuple[int, int]], file: str) -> Any:
