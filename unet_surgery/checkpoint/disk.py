@@ -30,6 +30,7 @@ __all__ = [
     "remove_file",
     "remove_tree",
     "rename_new",
+    "replace_file",
     "start_writeback",
     "write",
     "write_file",
@@ -230,3 +231,47 @@ def _renameat2(source: Path, target: Path, flags: int) -> None:
     if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
+    """Write a small file that is there whole or not at all, by way of a locked sibling ``.NAME.unet-surgery``.
+
+    What a dead run left of that name is written over. With ``force`` an existing file, or the link to one, is replaced.
+
+    Raises:
+        FileExistsError: ``path`` exists, without ``force``.
+        BlockingIOError: another process is writing it.
+    """
+    staged = path.parent / f".{path.name}.unet-surgery"
+    fd = _open_alone(staged)
+    try:
+        try:
+            os.ftruncate(fd, 0)
+            write(fd, data)
+            fsync(fd)
+            if force:
+                staged.replace(path)
+            else:
+                rename_new(staged, path)
+        except BaseException:
+            remove_file(staged)
+            raise
+    finally:
+        os.close(fd)
+    fsync_folder(path.parent)
+
+
+def _open_alone(path: Path) -> int:
+    """Open ``path`` for writing and lock it, making it where it is missing."""
+    while True:
+        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
+                return fd
+        except FileNotFoundError:
+            pass  # its owner put it in place or removed it between opening and locking
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
