@@ -119,10 +119,10 @@ FULL = ["model_index.json", "README.md", "unet/config.json", f"unet/{WEIGHTS}", 
 def test_needed_files() -> None:
     needed = needed_files(FULL, weights=True, variant=None, unet_only=False, where="x")
     assert set(needed) == set(FULL) - {
-        "README.md", "x.ckpt", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
+        "x.ckpt", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
     }  # fmt: skip
     alone = needed_files(FULL, weights=True, variant=None, unet_only=True, where="x")
-    assert set(alone) == {"model_index.json", "unet/config.json", f"unet/{WEIGHTS}"}
+    assert set(alone) == {"model_index.json", "unet/config.json", f"unet/{WEIGHTS}", "README.md"}
     bare = needed_files(["config.json", WEIGHTS], weights=True, variant=None, unet_only=False, where="x")
     assert set(bare) == {"config.json", WEIGHTS}
     with pytest.raises(TeacherError, match="no U-Net"):

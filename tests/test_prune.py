@@ -48,7 +48,8 @@ def test_every_tensor_is_the_teachers(teacher: Path, tmp_path: Path) -> None:
 
 def test_the_folder_holds_exactly_this(teacher: Path, tmp_path: Path) -> None:
     unet_surgery.prune("bk_tiny", teacher, tmp_path / "out")
-    assert entries(tmp_path / "out") == ["README.md", "config.json", WEIGHTS, "plan.json", "recipe.yaml"]
+    names = ["README.md", "architecture.svg", "config.json", WEIGHTS, "plan.json", "recipe.yaml"]
+    assert entries(tmp_path / "out") == names
     assert entries(tmp_path) == ["out"]
 
 
@@ -68,10 +69,10 @@ def test_a_pipeline_is_copied_and_runs(tiny: Path, tmp_path: Path) -> None:
 
     out = unet_surgery.prune("bk_tiny", tiny, tmp_path / "out").folder
     before, after = folder_bytes(tiny), folder_bytes(out)
-    others = {name: data for name, data in before.items() if not name.startswith("unet/")}
+    others = {name: data for name, data in before.items() if not name.startswith("unet/") and name != "README.md"}
     assert {name: after[name] for name in others} == others
     assert set(after) - set(others) == {
-        "README.md", "plan.json", "recipe.yaml", "unet/config.json", f"unet/{WEIGHTS}",
+        "LICENSE", "README.md", "architecture.svg", "plan.json", "recipe.yaml", "unet/config.json", f"unet/{WEIGHTS}",
     }  # fmt: skip
     pipeline = StableDiffusionPipeline.from_pretrained(out, local_files_only=True, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -96,7 +97,8 @@ def test_the_tiny_pipelines_own_parts_load_completely(tiny: Path) -> None:
 def test_unet_only(tiny: Path, tmp_path: Path) -> None:
     result = unet_surgery.prune("bk_tiny", tiny, tmp_path / "out", unet_only=True)
     assert not result.is_pipeline
-    assert entries(result.folder) == ["README.md", "config.json", WEIGHTS, "plan.json", "recipe.yaml"]
+    names = ["LICENSE", "README.md", "architecture.svg", "config.json", WEIGHTS, "plan.json", "recipe.yaml"]
+    assert entries(result.folder) == names
     unet_surgery.verify(result.folder, tiny)
 
 

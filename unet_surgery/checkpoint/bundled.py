@@ -19,6 +19,7 @@ from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.header import encode_header
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE
+from unet_surgery.checkpoint.licence import CARD
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.writer import METADATA
 from unet_surgery.errors import OutputError
@@ -74,6 +75,7 @@ def make_bundled(name: str, target: Path, progress: disk.Progress) -> None:
             done += count
             progress(done, total)
 
+        disk.write_file(staging.folder / CARD, (_root() / CARD).read_bytes())
         for path in sorted(p for p in source.rglob("*") if p.name != SHAPES):
             copy = staging.folder / path.relative_to(source)
             if path.is_dir():

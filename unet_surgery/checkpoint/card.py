@@ -1,83 +1,232 @@
-"""The student's model card (README.md), written from its plan."""
+"""The student's model card (README.md), written from its plan: what it is, what was done, and what one may do."""
 
 from __future__ import annotations
 
+import re
+import shlex
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import yaml
 
+from unet_surgery.checkpoint.licence import Licence
 from unet_surgery.checkpoint.teacher import LOCAL, is_hub_id
-from unet_surgery.lower import SurgeryPlan, quantity
+from unet_surgery.graph import build, parse_config
+from unet_surgery.lower import SurgeryPlan, quantity, shapes_of
 
-__all__ = ["write_card"]
+__all__ = ["PICTURE", "CardFacts", "write_card"]
 
+PICTURE = "architecture.svg"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "unet-surgery"]
+PROJECT = "[unet-surgery](https://pypi.org/project/unet-surgery/)"
+_URL = re.compile(r"https://[A-Za-z0-9][\w./~%+-]*")
 
 
-def write_card(plan: SurgeryPlan, *, pipeline: bool) -> str:
-    """Return the card: Hub metadata, what was done, sizes before and after, how to load it, what it lacks."""
-    recipe, teacher_id = str(plan.recipe["name"]), plan.teacher_id
-    metadata: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": TAGS}
-    if is_hub_id(teacher_id):
-        metadata |= {"base_model": teacher_id, "base_model_relation": "finetune"}
-    front = yaml.safe_dump(metadata, sort_keys=True)
-    teacher = "a local model" if teacher_id == LOCAL else f"`{teacher_id}`"
-    selectors = "\n".join(f"- `{selector}`" for selector in plan.recipe["remove"])
-    rows = "\n".join(_row(*row) for row in _sizes(plan))
-    return f"""---
-{front}---
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What the card says besides the plan: version of this package, kind of folder, licence, options of the run.
 
-# {recipe} of {teacher_id}
+    ``options`` are those that, with recipe and teacher, make the same files again.
+    """
 
-A Stable Diffusion U-Net made smaller by removing blocks: {teacher} with the recipe `{recipe}`
-of [unet-surgery](https://pypi.org/project/unet-surgery/).
-
-**It is not trained yet.** The weights that remain are the teacher's own, and no layer has learned to do without
-what was removed: pictures come out broken until the student is distilled from its teacher.
-
-| | teacher | student | |
-|---|---:|---:|---:|
-{rows}
-
-MACs are of one U-Net forward at batch 1 and the native latent size; convolutions and linear layers, and with the
-attention products.
-
-## What was removed
-
-{selectors}
-
-`recipe.yaml` is the whole recipe, `plan.json` the whole surgery: the config before and after, and where every tensor
-comes from.
-
-## Loading
-
-{_loading(pipeline)}
-"""
+    version: str
+    pipeline: bool
+    licence: Licence
+    options: tuple[str, ...] = ()
+    normalized: tuple[str, ...] = ()
 
 
-def _sizes(plan: SurgeryPlan) -> list[tuple[str, int, int]]:
-    before, after = plan.teacher, plan.student
-    return [
-        ("parameters", before.params, after.params),
-        ("MACs (conv + linear)", before.macs, after.macs),
-        ("MACs (all)", before.macs_all, after.macs_all),
+def write_card(plan: SurgeryPlan, facts: CardFacts) -> str:
+    """Return the card as Markdown with the Hub's YAML metadata in front.
+
+    Text that comes from files stands in YAML that a dumper wrote, in a fenced code block, or has a checked form.
+    """
+    sections = [
+        _front(plan, facts),
+        _opening(plan),
+        "## Sizes\n\n" + _sizes(plan),
+        "## What was removed\n\n" + _removed(plan),
+        "## Recipe\n\n" + _fenced("yaml", yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)),
+        "## Loading\n\n" + _loading(plan, facts),
+        "## Making it again\n\n" + _rebuild(plan, facts),
+        "## Limits\n\n" + _limits(plan, facts),
+        "## Licence\n\n" + _licence(plan, facts),
     ]
+    citation = plan.recipe.get("citation")
+    if citation:
+        sections.append("## Citation\n\nThe recipe is from:\n\n" + _fenced("text", str(citation)))
+    return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
 
-def _row(label: str, before: int, after: int) -> str:
-    return f"| {label} | {quantity(before)} | {quantity(after)} | {after / before - 1:+.1%} |"
+def _front(plan: SurgeryPlan, facts: CardFacts) -> str:
+    tags = [*TAGS, "stable-diffusion-xl"] if plan.family == "sdxl" else TAGS
+    licence = facts.licence
+    metadata: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": licence.task or "text-to-image",
+        "tags": tags,
+    }
+    if is_hub_id(plan.teacher_id):
+        metadata |= {"base_model": plan.teacher_id, "base_model_relation": "finetune"}
+    named = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
+    if licence.id is not None:
+        metadata |= {key: value for key, value in named.items() if value is not None}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=True, allow_unicode=True)}---"
 
 
-def _loading(pipeline: bool) -> str:
-    if pipeline:
-        return """```python
-from diffusers import DiffusionPipeline
+def _opening(plan: SurgeryPlan) -> str:
+    recipe, before, after = plan.recipe["name"], plan.teacher, plan.student
+    return f"""# {recipe} of {plan.teacher_id}
 
-pipeline = DiffusionPipeline.from_pretrained("this/folder")
-```"""
-    return """```python
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+A smaller Stable Diffusion U-Net: {_teacher(plan)} without the layers that the recipe `{recipe}` names,
+{quantity(before.params)} parameters brought down to {quantity(after.params)}. Made by {PROJECT}.
 
-unet = UNet2DConditionModel.from_pretrained("this/folder")
-pipeline = DiffusionPipeline.from_pretrained("the/teacher", unet=unet)
-```"""
+> **Not trained yet.** Every weight here is the teacher's own, and no layer has learned to do without its removed
+> neighbours. As it is, this model draws broken pictures: distil it from its teacher before you use it.
+
+![The U-Net of {recipe}: what was kept, and what was removed]({PICTURE})"""
+
+
+def _teacher(plan: SurgeryPlan) -> str:
+    if plan.teacher_id == LOCAL:
+        return "a local model"
+    link = f"https://huggingface.co/{plan.teacher_id}"
+    return f"[{plan.teacher_id}]({link})" if is_hub_id(plan.teacher_id) else f"`{plan.teacher_id}`"
+
+
+def _sizes(plan: SurgeryPlan) -> str:
+    before, after = plan.teacher, plan.student
+    rows = [
+        ("parameters", before.params, after.params),
+        ("MACs, convolutions and linear layers", before.macs, after.macs),
+        ("MACs, with the attention products", before.macs_all, after.macs_all),
+    ]
+    lines = ["| | teacher | student | |", "|---|---:|---:|---:|"]
+    lines += [f"| {label} | {quantity(b)} | {quantity(a)} | {a / b - 1:+.1%} |" for label, b, a in rows]
+    lines += ["", "| stage of the teacher | parameters | kept |", "|---|---:|---:|"]
+    for part in plan.parts:
+        kept = quantity(part.student.params) if part.student.tensors else "removed"
+        lines.append(f"| `{part.name}` | {quantity(part.teacher.params)} | {kept} |")
+    side = build(parse_config(plan.student_config)).latent_size
+    stored = f"converted to {plan.dtype}" if plan.dtype else "in the teacher's dtype"
+    macs = f"MACs are of one forward of the U-Net at batch 1 and a latent of {side[0]}×{side[1]}."
+    return "\n".join([*lines, "", f"{macs} Its weights take {plan.student_bytes:,} bytes, {stored}."])
+
+
+def _removed(plan: SurgeryPlan) -> str:
+    sizes = {name: prod(shape) for name, shape in shapes_of(build(parse_config(plan.teacher_config))).items()}
+    lines = ["| selector, in the teacher's numbering | tensors | parameters |", "|---|---:|---:|"]
+    for selector, names in plan.unused.items():
+        cell = selector.replace("|", "\\|")
+        lines.append(f"| `{cell}` | {len(names)} | {quantity(sum(sizes[name] for name in names))} |")
+    for bypassed in plan.bypassed:
+        shell = f"{bypassed.params_left:,} parameters stay, its last projection zero."
+        lines += ["", f"`{bypassed.attention}` adds nothing any more, but stock diffusers must hold its shell: {shell}"]
+    if plan.changed_skips:
+        lines += ["", "Skip connections that end elsewhere than in the teacher:", ""]
+        lines += [
+            f"- `{skip.layer}` takes `{skip.student_skip}`, in the teacher `{skip.teacher_skip}`"
+            for skip in plan.changed_skips
+        ]
+    lines += ["", "`plan.json` holds the whole surgery: both configs, and for every tensor the one it comes from."]
+    return "\n".join(lines)
+
+
+def _loading(plan: SurgeryPlan, facts: CardFacts) -> str:
+    teacher = plan.teacher_id if is_hub_id(plan.teacher_id) else "the/teacher"
+    swap = f"""from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained("this/model"{', subfolder="unet"' if facts.pipeline else ""})
+pipeline = DiffusionPipeline.from_pretrained("{teacher}", unet=unet)
+"""
+    if not facts.pipeline:
+        return (
+            "This is the U-Net alone. It takes the place of the teacher's in the teacher's pipeline:\n\n"
+            + _fenced("python", swap)
+            + "\nUse one dtype for both: pass `torch_dtype` twice."
+        )
+    whole = """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this/model")
+image = pipeline("a small red house by a lake").images[0]
+"""
+    return (
+        "The whole pipeline:\n\n"
+        + _fenced("python", whole)
+        + "\nOr its U-Net alone, in the place of the teacher's:\n\n"
+        + _fenced("python", swap)
+        + "\nUse one dtype for both: pass `torch_dtype` twice."
+    )
+
+
+def _rebuild(plan: SurgeryPlan, facts: CardFacts) -> str:
+    teacher = plan.teacher_id if plan.teacher_id != LOCAL else "path/to/the/teacher"
+    words = ["unet-surgery", "prune", "--recipe", "recipe.yaml", "--teacher", teacher, *facts.options]
+    text = _fenced("console", f"$ {shlex.join(words)}\n")
+    text += f"\nWith unet-surgery {facts.version} and the same teacher this writes the same bytes."
+    if plan.teacher_weights is not None:
+        files = "\n".join(
+            f"- `{file.name}`, {file.bytes:,} bytes, sha256 of its header `{file.header_sha256}`"
+            for file in plan.teacher_weights.files
+            if "`" not in file.name
+        )
+        text += f" The teacher's weights were read from:\n\n{files}"
+    return text
+
+
+def _limits(plan: SurgeryPlan, facts: CardFacts) -> str:
+    items = [
+        "Untrained, as said above; nothing was measured on pictures.",
+        "What the teacher does badly or must not be used for, the student inherits; see the teacher's own card.",
+        "It is a stock `UNet2DConditionModel` and loads in diffusers. Other runtimes often know published shapes only.",
+    ]
+    if not facts.pipeline:
+        items.append("Text encoder, VAE, tokenizer and scheduler are not here: they are the teacher's.")
+    if facts.normalized:
+        items.append(
+            "Stored in the layout that every version of transformers reads, where the teacher's was not: "
+            + ", ".join(f"`{name}`" for name in facts.normalized)
+            + ". No value was changed."
+        )
+    if plan.teacher_id == LOCAL:
+        items.append("The teacher was a local folder; this card cannot say which model it was.")
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _licence(plan: SurgeryPlan, facts: CardFacts) -> str:
+    licence = facts.licence
+    texts = ", ".join(f"[{name}]({name.replace(' ', '%20')})" for name in licence.files)
+    if licence.id is None and not texts:
+        return (
+            "Unknown: the teacher's folder names no licence. This model is a derivative of its teacher, whose licence "
+            "applies to it. Add it, here and in the metadata above, before you publish.\n\n" + _notice(plan)
+        )
+    name = f"`{licence.id}`" if licence.id else "the licence"
+    text = f"This model is a derivative of its teacher and stays under the teacher's licence, {name}"
+    text += f"; its text is in {texts}." if texts else "; the teacher's folder held no text of it."
+    if not texts and licence.link is not None and _URL.fullmatch(licence.link):
+        text += f" See <{licence.link}>."
+    text += "\n\n" + _notice(plan)
+    if licence.restrictions is not None:
+        quoted = "\n".join(f"> {line}".rstrip() for line in licence.restrictions.splitlines())
+        text += (
+            "\n\n### Use restrictions\n\nThey bind whoever uses this model, and must be passed on with it and with "
+            f"whatever is made of it:\n\n{quoted}"
+        )
+    return text
+
+
+def _notice(plan: SurgeryPlan) -> str:
+    return (
+        f"**Notice of modification.** The U-Net's config and weights are not the teacher's files: layers of "
+        f"{_teacher(plan)} were removed and the remaining ones renumbered with unet-surgery, as listed under "
+        "“What was removed”. The other parts of the pipeline, if they are here, are the teacher's."
+    )
+
+
+def _fenced(language: str, text: str) -> str:
+    """Return a code block whose fence is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}\n"

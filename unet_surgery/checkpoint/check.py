@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.components import INDEX, read_components
@@ -14,6 +15,7 @@ from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.jsonfile import MAX_JSON_BYTES, read_object, read_regular
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
+from unet_surgery.checkpoint.normalize import Content, mendings
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
 from unet_surgery.checkpoint.teacher import TeacherFolder
@@ -50,21 +52,24 @@ class CheckReport:
     compared_files: int
 
 
-def read_plan(folder: Path) -> SurgeryPlan:
-    """Read ``plan.json`` of a student folder.
+def read_plan(student: Path) -> SurgeryPlan:
+    """Read the plan of a student folder, or a plan.json itself.
 
     Raises:
-        VerificationError: it is not there, or not a plan.
+        UsageError: there is nothing of that name.
+        VerificationError: there is no plan in the folder, or it is none.
     """
-    path = folder / PLAN
+    if not os.path.lexists(student):
+        raise UsageError("there is no such student", where=str(student), expected="a folder, or a plan.json")
+    path = student / PLAN if student.is_dir() else student
     try:
         text = read_regular(path, MAX_PLAN_BYTES).decode("utf-8")
     except (TeacherError, UnicodeDecodeError) as error:
         raise VerificationError(
-            "this folder has no readable plan.json",
+            "there is no readable plan.json",
             where=str(path),
             found=(error.found or error.what) if isinstance(error, TeacherError) else printable(str(error)),
-            hint="point at a folder that unet-surgery prune wrote",
+            hint="give a folder that unet-surgery prune wrote",
         ) from error
     try:
         return SurgeryPlan.from_json(text)
@@ -270,28 +275,50 @@ def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[by
 
 
 def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
-    if not _same_file(teacher.root / INDEX, folder / INDEX):
-        raise VerificationError(
-            "a copied file differs from the teacher's", where=str(folder / INDEX), hint="prune again"
+    """Compare what was copied with the teacher's; a file may also be what --normalize makes of the teacher's."""
+    components = teacher.components()
+    mended = {
+        f"{mending.component}/{name}": content
+        for mending in mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
+        for name, content in mending.files.items()
+    }
+    copied = {INDEX: teacher.root / INDEX}
+    copied |= {f"{c.name}/{target}": c.folder / source for c in components for source, target in c.files.items()}
+    for name in copied | mended:
+        copy = folder / name
+        if name not in copied and not copy.exists():
+            continue  # a file that only --normalize adds
+        same = copy.is_file() and (
+            (name in copied and _same_file(copied[name], copy)) or (name in mended and _holds(copy, mended[name]))
         )
-    num_files = 1
-    for component in teacher.components():
-        for source, target in component.files.items():
-            copy = folder / component.name / target
-            if not copy.is_file() or not _same_file(component.folder / source, copy):
-                raise VerificationError("a copied file differs from the teacher's", where=str(copy), hint="prune again")
-            num_files += 1
-    return num_files
+        if not same:
+            raise VerificationError("a copied file differs from the teacher's", where=str(copy), hint="prune again")
+    return len(copied)
+
+
+def _holds(path: Path, content: Content) -> bool:
+    with path.open("rb") as file:
+        if file.read(len(content.head)) != content.head:
+            return False
+        if content.source is None:
+            return not file.read(1)
+        with content.source.open("rb") as source:
+            source.seek(content.offset)
+            return _same_rest(source, file)
 
 
 def _same_file(a: Path, b: Path) -> bool:
     if a.stat().st_size != b.stat().st_size:
         return False
     with a.open("rb") as first, b.open("rb") as second:
-        while chunk := first.read(CHUNK_BYTES):
-            if chunk != second.read(CHUNK_BYTES):
-                return False
-    return True
+        return _same_rest(first, second)
+
+
+def _same_rest(first: BinaryIO, second: BinaryIO) -> bool:
+    while chunk := first.read(CHUNK_BYTES):
+        if chunk != second.read(CHUNK_BYTES):
+            return False
+    return not second.read(1)
 
 
 def _differing(what: str, names: list[str], unet: Path) -> VerificationError:

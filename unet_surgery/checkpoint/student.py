@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.checkpoint.card import write_card
-from unet_surgery.checkpoint.components import INDEX
+from unet_surgery.checkpoint.card import PICTURE, CardFacts, write_card
+from unet_surgery.checkpoint.components import INDEX, Component
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import is_weights_file
+from unet_surgery.checkpoint.licence import CARD, find_licence, is_licence_file
+from unet_surgery.checkpoint.normalize import Content, Mending, mendings
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_weights
 from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_few
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
+from unet_surgery.picture import draw
 
 __all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "config_text", "write_student"]
 
-CONFIG, PLAN, RECIPE, CARD = "config.json", "plan.json", "recipe.yaml", "README.md"
+log = logging.getLogger(__name__)
+
+CONFIG, PLAN, RECIPE = "config.json", "plan.json", "recipe.yaml"
 SPARE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class StudentOptions:
-    """How to write: the U-Net alone or the pipeline, shards, hard links for copied components, replacing."""
+    """How to write: the U-Net alone or the pipeline, shards, hard links for copied components, replacing.
 
+    ``normalize`` mends old-layout faults of copied components; ``license`` names the teacher's where its card does not;
+    ``version`` is this package's, for the card.
+    """
+
+    version: str
     unet_only: bool = False
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     link: bool = False
     force: bool = False
+    normalize: bool = False
+    license: str | None = None
 
 
 def write_student(
@@ -49,14 +63,23 @@ def write_student(
     Raises:
         OutputError: ``out`` exists, is the teacher or inside it, has no room, or cannot be written.
         TeacherError: the teacher is damaged or changed meanwhile.
+        UsageError: ``options.license`` contradicts the teacher's card.
     """
     pipeline = teacher.is_pipeline and not options.unet_only
     components = teacher.components() if pipeline else ()
-    sizes = {} if options.link else {c.folder / f: (c.folder / f).stat().st_size for c in components for f in c.files}
-    total = plan.student_bytes + sum(sizes.values())
+    mended = _mended(components, teacher, options)
+    licence = find_licence(teacher.root, family=plan.family, given=options.license)
+    if licence.id is None:
+        log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
+    files = dict(_component_files(components, mended))
+    facts = CardFacts(options.version, pipeline, licence, _again(plan, teacher, options), _mended_names(mended))
+    texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
+    texts |= {RECIPE: recipe_yaml.encode(), PLAN: plan.to_json().encode()}
+    texts |= {CARD: write_card(plan, facts).encode("utf-8"), PICTURE: draw(plan).encode("utf-8")}
+    total = plan.student_bytes + sum(_size(content) for content in files.values() if not _links(content, options))
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
-        _check_space(staging.folder, total)
+        _check_space(staging.folder, total + sum(map(len, texts.values())))
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -68,18 +91,61 @@ def write_student(
         unet = root / "unet" if pipeline else root
         if pipeline:
             disk.make_folder(unet)
-            disk.copy_file(teacher.root / INDEX, root / INDEX)
+            _copy(teacher.root / INDEX, root / INDEX, _ignore)
         disk.write_file(unet / CONFIG, config_text(plan))
         write_weights(plan, weights, unet, max_shard_bytes=options.max_shard_bytes, on_bytes=on_bytes)
         for component in components:
             disk.make_folder(root / component.name)
-            for source, target in component.files.items():
-                _copy_component_file(component.folder / source, root / component.name / target, options.link, on_bytes)
-        disk.write_file(root / RECIPE, recipe_yaml.encode())
-        disk.write_file(root / PLAN, plan.to_json().encode())
-        disk.write_file(root / CARD, write_card(plan, pipeline=pipeline).encode())
+        for name, content in files.items():
+            _write_component_file(content, root / name, options, on_bytes)
+        for name, data in texts.items():
+            disk.write_file(root / name, data)
         weights.check_unchanged()
         staging.commit()
+
+
+def _mended(components: Sequence[Component], teacher: TeacherFolder, options: StudentOptions) -> tuple[Mending, ...]:
+    """Return what is to be mended; without ``normalize`` nothing is, but it is said."""
+    found = mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
+    if options.normalize:
+        return found
+    for mending in found:
+        log.warning("%s is copied with a fault: %s; --normalize mends it", mending.component, mending.fault)
+    return ()
+
+
+def _mended_names(mended: Sequence[Mending]) -> tuple[str, ...]:
+    return tuple(f"{mending.component}/{name}" for mending in mended for name in mending.files)
+
+
+def _component_files(
+    components: Sequence[Component], mended: Sequence[Mending]
+) -> Iterator[tuple[str, Path | Content]]:
+    """Yield path in the student → the teacher's file that is copied there, or what is written instead."""
+    for component in components:
+        for source, target in component.files.items():
+            yield f"{component.name}/{target}", component.folder / source
+    for mending in mended:
+        for name, content in mending.files.items():
+            yield f"{mending.component}/{name}", content
+
+
+def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -> tuple[str, ...]:
+    """Return the options that make the same files again; a variant is only named where it was."""
+    words: list[str] = []
+    if teacher.variant is not None:
+        words += ["--variant", teacher.variant]
+    if plan.dtype is not None:
+        words += ["--dtype", {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[plan.dtype]]
+    if options.unet_only:
+        words.append("--unet-only")
+    if options.max_shard_bytes != DEFAULT_SHARD_BYTES:
+        words += ["--max-shard-size", str(options.max_shard_bytes)]
+    if options.normalize:
+        words.append("--normalize")
+    if options.license is not None:
+        words += ["--license", options.license]
+    return tuple(words)
 
 
 def config_text(plan: SurgeryPlan) -> bytes:
@@ -103,10 +169,10 @@ def _check_replaceable(folder: Path) -> None:
             expected=f"a {PLAN} that unet-surgery wrote",
             hint="move it away yourself, or choose another --out",
         )
-    own = {CONFIG, PLAN, RECIPE, CARD, INDEX, "unet"}
+    own = {CONFIG, PLAN, RECIPE, CARD, PICTURE, INDEX, "unet"}
     if INDEX in names:
         own |= read_object(folder / INDEX).keys()
-    added = sorted(name for name in names - own if not is_weights_file(name))
+    added = sorted(name for name in names - own if not (is_weights_file(name) or is_licence_file(name)))
     if added:
         raise OutputError(
             "--force would delete files that prune did not write",
@@ -116,22 +182,72 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _copy_component_file(source: Path, target: Path, link: bool, on_bytes: disk.OnBytes) -> None:
-    if link:
-        try:
-            disk.hard_link(source, target)
-        except OSError as error:
-            raise OutputError(
-                "the file cannot be hard-linked",
-                where=str(source),
-                found=error.strerror,
-                hint="leave --link out to copy it (both must be on one file system to link)",
-            ) from error
-        return
+def _size(content: Path | Content) -> int:
+    if isinstance(content, Path):
+        return content.stat().st_size
+    return len(content.head) + (0 if content.source is None else content.source.stat().st_size - content.offset)
+
+
+def _links(content: Path | Content, options: StudentOptions) -> bool:
+    return options.link and isinstance(content, Path)
+
+
+def _write_component_file(
+    content: Path | Content, target: Path, options: StudentOptions, on_bytes: disk.OnBytes
+) -> None:
+    if isinstance(content, Content):
+        _write_content(content, target, on_bytes)
+    elif options.link:
+        _link(content, target)
+    else:
+        _copy(content, target, on_bytes)
+
+
+def _write_content(content: Content, target: Path, on_bytes: disk.OnBytes) -> None:
+    fd = disk.create(target)
+    try:
+        disk.write(fd, content.head)
+        on_bytes(len(content.head))
+        if content.source is not None:
+            with content.source.open("rb") as source:
+                length = os.fstat(source.fileno()).st_size - content.offset
+                disk.copy_range(source.fileno(), content.offset, length, fd, on_bytes)
+        disk.fsync(fd)
+    except EOFError:
+        raise _ended(str(content.source)) from None
+    finally:
+        os.close(fd)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        disk.hard_link(source, target)
+    except OSError as error:
+        raise OutputError(
+            "the file cannot be hard-linked",
+            where=str(source),
+            found=error.strerror,
+            hint="leave --link out to copy it (both must be on one file system to link)",
+        ) from error
+
+
+def _copy(source: Path, target: Path, on_bytes: disk.OnBytes) -> None:
+    before = source.stat()
     try:
         disk.copy_file(source, target, on_bytes)
     except EOFError:
-        raise TeacherError("a file of the teacher ended while it was read", where=str(source)) from None
+        raise _ended(str(source)) from None
+    after = source.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+        raise TeacherError("the teacher changed while it was read", where=str(source), hint="run again")
+
+
+def _ignore(_: int) -> None:
+    """The index is too small to count."""
+
+
+def _ended(where: str) -> TeacherError:
+    return TeacherError("a file of the teacher ended while it was read", where=where, hint="run again")
 
 
 def _check_apart(out: Path, teacher: TeacherFolder) -> None:

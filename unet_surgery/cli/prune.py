@@ -39,6 +39,14 @@ def prune(
         bool, typer.Option("--link", help="Hard-link the pipeline's other files instead of copying.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a student that is there already.")] = False,
+    normalize: Annotated[
+        bool,
+        typer.Option("--normalize", help="Mend copied parts that older libraries cannot read (names, extra files)."),
+    ] = False,
+    license_id: Annotated[
+        str | None,
+        typer.Option("--license", help="The teacher's licence, where its card names none: creativeml-openrail-m, …"),
+    ] = None,
     teacher_id: TeacherId = None,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     quiet: Quiet = False,
@@ -76,6 +84,8 @@ def prune(
             max_shard_size=max_shard_size,
             link=link,
             force=force,
+            normalize=normalize,
+            license=license_id,
             teacher_id=teacher_id,
             max_header=max_header,
             progress=progress,

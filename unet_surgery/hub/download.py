@@ -10,6 +10,7 @@ from pathlib import Path
 
 from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.layout import choose_weights, component_files, shard_files
+from unet_surgery.checkpoint.licence import CARD, is_licence_file
 from unet_surgery.errors import HubError, OutputError, SurgeryError, TeacherError
 
 __all__ = ["Download", "download", "needed_files"]
@@ -31,6 +32,7 @@ def needed_files(names: Sequence[str], *, weights: bool, variant: str | None, un
     if not weights:
         return needed
     inside = [name.removeprefix(unet) for name in names if name.startswith(unet) and "/" not in name.removeprefix(unet)]
+    needed += [name for name in names if name == CARD or is_licence_file(name)]  # what the student's card carries on
     choice = choose_weights(inside, variant, where=where)
     needed.append(unet + choice.file)
     if choice.sharded:
