@@ -76,3 +76,42 @@ def serve(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def serve_refusals(status: int) -> Iterator[tuple[str, list[str]]]:
+    """Answer everything with ``status``, and repeat in header and body whatever authorization came with the request.
+
+    Yields the endpoint and the list of authorizations seen.
+    """
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            said = self.headers.get("Authorization", "")
+            seen.append(said)
+            data = json.dumps({"error": f"not with {said}"}).encode()
+            self.send_response(status)
+            self.send_header("X-Error-Message", f"not with {said}")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -13,7 +13,7 @@ import pytest
 from configs import CONFIGS
 from teachers import WEIGHTS, entries, write_unet
 
-COMMANDS = ["inspect", "plan", "prune", "check", "verify"]
+COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "doctor"]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]
 
 
@@ -157,7 +157,7 @@ ERRORS = [
     (["prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", ""], 4, "output"),
     (["check", "."], 6, "no readable plan.json"),
     (["verify", "."], 6, "no readable plan.json"),
-    (["recipes", "show", "x.yaml"], 2, "no recipe file"),
+    (["recipes", "show", "x.yaml"], 2, "x.yaml does not exist"),
     (["plan"], 2, "Missing option"),
     (["plan", "--recip", "x"], 2, "--recipe"),
     (["prnue"], 2, "prune"),

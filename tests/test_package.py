@@ -29,6 +29,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "prune",
         "check",
         "verify",
+        "draw",
         "SurgeryPlan",
         "SurgeryError",
     }

@@ -15,13 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
     from unet_surgery.api import ModelReport, PruneResult, check, inspect_model, plan, prune
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
+    from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
     from unet_surgery.runtime import VerifyReport, load_unet, verify
 
@@ -34,6 +35,7 @@ _HOMES = {
     "SurgeryPlan": "unet_surgery.lower",
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
+    "draw": "unet_surgery.picture",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
@@ -52,6 +54,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "check",
+    "draw",
     "inspect_model",
     "load_recipe",
     "load_unet",

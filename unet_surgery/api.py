@@ -41,6 +41,7 @@ from unet_surgery.lower import (
 )
 from unet_surgery.lower.counts import Counts
 from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_family, nearest_for_selection, select
+from unet_surgery.version import __version__
 
 __all__ = [
     "DTYPES",
@@ -52,6 +53,7 @@ __all__ = [
     "parse_size",
     "plan",
     "plan_families",
+    "plan_whole",
     "prune",
 ]
 
@@ -143,6 +145,18 @@ def plan(
         return _plan(chosen, opened, weights, dtype)
 
 
+def plan_whole(teacher: str | Path, *, variant: str | None = None) -> SurgeryPlan:
+    """Return the plan that removes nothing: ``teacher`` as it is, from its config alone.
+
+    Raises:
+        TeacherError, HubError: as :func:`inspect_model`.
+    """
+    found = resolve_teacher(_named(teacher), weights=False, variant=variant, progress=no_progress)
+    opened = _open(found, config_only=True)
+    config, graph = _graph(opened)
+    return make_plan(config, Selection({}), recipe={}, teacher_id=opened.teacher_id, teacher=graph)
+
+
 def prune(
     recipe: str | Path | Recipe,
     teacher: str | Path | None = None,
@@ -154,6 +168,8 @@ def prune(
     max_shard_size: str | int = DEFAULT_SHARD_BYTES,
     link: bool = False,
     force: bool = False,
+    normalize: bool = False,
+    license: str | None = None,  # noqa: A002  # the Hub's word, as in every card
     teacher_id: str | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
@@ -162,7 +178,9 @@ def prune(
 
     The folder is there whole when this returns, and not at all when it raises. Without ``dtype`` (``fp32``, ``fp16``,
     ``bf16``) every kept weight is the teacher's, bit for bit. A U-Net folder, or ``unet_only``, gives a U-Net folder; a
-    pipeline gives a pipeline. ``link`` hard-links the copied components. ``progress`` gets bytes done and in all.
+    pipeline gives a pipeline. ``link`` hard-links the copied components, ``normalize`` mends what older libraries
+    cannot read of them. ``license`` names the teacher's licence where its card does not. ``progress`` gets bytes done
+    and in all.
 
     Raises:
         RecipeError, TeacherError, HubError: as :func:`plan`.
@@ -171,7 +189,15 @@ def prune(
     chosen = _recipe(recipe)
     if out is not None and not str(out).strip():
         raise UsageError("the output is empty text", hint="give a folder that does not exist yet")
-    options = StudentOptions(unet_only, parse_size(max_shard_size), link, force)
+    options = StudentOptions(
+        version=__version__,
+        unet_only=unet_only,
+        max_shard_bytes=parse_size(max_shard_size),
+        link=link,
+        force=force,
+        normalize=normalize,
+        license=license,
+    )
     named = _teacher_of(chosen, teacher)
     _refuse_early(chosen, named, variant, dtype, teacher_id)
     found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
@@ -274,12 +300,16 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
 
 def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
     if teacher is not None:
-        if not str(teacher):
-            raise UsageError("the teacher is empty text", hint="give a folder, a Hub id or a built-in name")
-        return str(teacher)
+        return _named(teacher)
     if recipe.teacher is None:
         raise FamilyError(f"the recipe {recipe.name!r} names no teacher", hint="give one with --teacher")
     return recipe.teacher
+
+
+def _named(teacher: str | Path) -> str:
+    if not str(teacher):
+        raise UsageError("the teacher is empty text", hint="give a folder, a Hub id or a built-in name")
+    return str(teacher)
 
 
 def _open(

@@ -8,6 +8,8 @@ import typer
 
 from unet_surgery import __version__
 from unet_surgery.cli.check import check
+from unet_surgery.cli.doctor import doctor
+from unet_surgery.cli.draw import draw
 from unet_surgery.cli.inspect import inspect
 from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
@@ -45,9 +47,11 @@ def options(
 
 app.command()(inspect)
 app.command()(plan)
+app.command()(draw)
 app.command()(prune)
 app.command()(check)
 app.command()(verify)
+app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -63,7 +64,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise
         except (Exception, KeyboardInterrupt, Terminated) as error:  # noqa: BLE001  # no traceback by default
             if _state.debug:
-                traceback.print_exc()
+                say(_without_tokens(traceback.format_exc()))
             message, code = _explain(error)
             if message:
                 say(message)
@@ -104,6 +105,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
 def say(text: str) -> None:
     """Tell the user something: stderr."""
     typer.echo(_harmless(text), err=True)
+
+
+def _without_tokens(text: str) -> str:
+    """A traceback quotes what a server answered, and a server may repeat what it was sent."""
+    return re.sub(r"\b(hf_|Bearer )[A-Za-z0-9_]{8,}", r"\1…", text)
 
 
 def show(data: str | Table) -> None:

@@ -1,0 +1,95 @@
+"""A token in the environment, and one in the login file, is in nothing that any command prints or writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from configs import CONFIGS
+from hub_server import serve_refusals
+from teachers import write_unet
+
+TOKEN = "hf_" + "PlantedByATestXyZ0123456789AbCdEf"
+LOGIN = "hf_" + "OfTheLoginFileXyZ0123456789AbCdEf"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "token").write_text(LOGIN)
+    return {**os.environ, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "UNET_SURGERY_CACHE": str(tmp_path / "cache")}
+
+
+COMMANDS: list[tuple[list[str], int]] = [
+    (["--version"], 0),
+    (["inspect", "teacher"], 0),
+    (["inspect", "teacher", "--json"], 0),
+    (["plan", "-r", "bk_tiny", "-t", "teacher"], 0),
+    (["plan", "-r", "bk_tiny", "-t", "teacher", "--json"], 0),
+    (["draw", "-r", "bk_tiny", "-t", "teacher", "-o", "picture.svg"], 0),
+    (["prune", "-r", "bk_tiny", "-t", "teacher", "-o", "out"], 0),
+    (["prune", "-r", "bk_tiny", "-t", "tiny-random", "-o", "whole", "--normalize"], 0),
+    (["check", "out", "-t", "teacher"], 0),
+    (["verify", "out"], 0),
+    (["recipes"], 0),
+    (["recipes", "show", "bk_tiny"], 0),
+    (["recipes", "copy", "bk_tiny", "mine.yaml"], 0),
+    (["recipes", "check", "mine.yaml"], 0),
+    (["recipes", "diff", "bk_base", "bk_tiny"], 0),
+    (["doctor"], 0),
+    (["doctor", "--json"], 0),
+    (["prune", "-r", "bk_tiny", "-t", "teacher", "-o", "out"], 4),
+    (["prune", "-r", "nothing", "-t", "teacher", "-o", "new"], 2),
+    (["check", "teacher"], 6),
+    (["--debug", "inspect", "nobody"], 3),
+]
+
+
+def test_no_command_shows_or_stores_a_token(tmp_path: Path, environment: dict[str, str]) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    write_unet(work / "teacher", CONFIGS["sd1"])
+    shown = ""
+    for words, code in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "unet_surgery", *words], cwd=work, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, (words, done.stderr)
+        shown += done.stdout + done.stderr
+    assert "there is one" in shown  # doctor sees the token, so there is one to be shown
+    assert_free(shown, work, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_hub_that_repeats_the_token_is_not_quoted(tmp_path: Path, environment: dict[str, str], status: int) -> None:
+    """The stand-in sends back, in the body and in its error header, whatever authorization it was given."""
+    work = tmp_path / "work"
+    work.mkdir()
+    with serve_refusals(status) as (endpoint, seen):
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        for debug in ([], ["--debug"]):
+            words = [*debug, "prune", "-r", "bk_tiny", "-t", "me/private", "-o", "out"]
+            done = subprocess.run(
+                [sys.executable, "-m", "unet_surgery", *words],
+                cwd=work,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 5, done.stderr
+            assert_free(done.stdout + done.stderr, work)
+    assert any(TOKEN in value for value in seen)  # it was sent where it belongs
+
+
+def assert_free(text: str, *folders: Path) -> None:
+    num_files = 0
+    for token in (TOKEN, LOGIN):
+        assert token not in text
+        for path in (p for folder in folders for p in folder.rglob("*") if p.is_file()):
+            num_files += 1
+            assert token.encode() not in path.read_bytes(), path
+    assert num_files > 20 or len(folders) == 1
