@@ -35,8 +35,7 @@ from unet_surgery.errors import (
     VerificationError,
 )
 from unet_surgery.graph import Selection, UNetGraph, build, parse_config, remove, resolve
-from unet_surgery.lower import SurgeryPlan, make_plan, quantity
-from unet_surgery.lower.skips import _skips
+from unet_surgery.lower import SurgeryPlan, make_plan, quantity, skip_sources
 from unet_surgery.picture import draw
 from unet_surgery.picture import png as png_module
 from unet_surgery.picture.compose import lay_out
@@ -148,7 +147,7 @@ def test_every_skip_of_teacher_and_student_is_drawn_once(make: Any) -> None:
     skips = [
         (p.get("class").split()[1], p.get("data-from"), p.get("data-to")) for p in lines if "skip" in p.get("class")
     ]
-    teacher, student = (_skips(graph) for graph in graphs(plan))
+    teacher, student = ({to: source for to, (source, _) in skip_sources(graph).items()} for graph in graphs(plan))
     whole = [(to, source) for kind, source, to in skips if kind != "moved"]
     assert sorted(whole) == sorted(teacher.items())
     left = {to for kind, _, to in skips if kind != "removed"}
@@ -716,3 +715,8 @@ def test_a_link_in_the_way_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         disk.replace_file(tmp_path / "a.svg", b"mine", force=True)
     assert victim.read_text() == "precious"
+
+
+def test_the_readmes_picture_is_what_draw_makes() -> None:
+    root = Path(__file__).parents[1]
+    assert (root / "docs" / "bk_tiny.svg").read_text() == draw(unet_surgery.plan("bk_tiny", "sd-v1-random"))

@@ -10,7 +10,7 @@ from unet_surgery.lower.make import BYTES_PER_PARAM, make_plan
 from unet_surgery.lower.modules import CONTEXT_TOKENS, Module, Placed, Tensor, modules
 from unet_surgery.lower.plan import PLAN_FORMAT, Bypassed, ConfigChange, Part, StoredFile, StoredWeights, SurgeryPlan
 from unet_surgery.lower.report import NodeReport, report_nodes
-from unet_surgery.lower.skips import ChangedSkip, changed_skips
+from unet_surgery.lower.skips import ChangedSkip, changed_skips, skip_sources
 from unet_surgery.lower.weights import replaced_tensor, shapes_of, unused_tensors, weight_map
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "replaced_tensor",
     "report_nodes",
     "shapes_of",
+    "skip_sources",
     "unused_tensors",
     "weight_map",
 ]

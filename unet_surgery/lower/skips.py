@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unet_surgery.graph.nodes import Layer, UNetGraph
 
-__all__ = ["ChangedSkip", "changed_skips"]
+__all__ = ["ChangedSkip", "changed_skips", "skip_sources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +20,25 @@ class ChangedSkip:
 
 def changed_skips(teacher: UNetGraph, student: UNetGraph) -> tuple[ChangedSkip, ...]:
     """Return the kept up layers whose skip comes from another teacher module than it did."""
-    before, after = _skips(teacher), _skips(student)
-    return tuple(ChangedSkip(layer, before[layer], skip) for layer, skip in after.items() if before[layer] != skip)
+    before, after = skip_sources(teacher), skip_sources(student)
+    return tuple(
+        ChangedSkip(layer, before[layer][0], module)
+        for layer, (module, _) in after.items()
+        if before[layer][0] != module
+    )
 
 
-def _skips(graph: UNetGraph) -> dict[str, str]:
-    """Return up layer → producer of its skip, both by teacher path; the up side takes them last in, first out."""
-    stack = ["conv_in"]
+def skip_sources(graph: UNetGraph) -> dict[str, tuple[str, str]]:
+    """Return up layer → (module that its skip comes from, the resnet or sampler of that place), by teacher path.
+
+    The up side takes the down side's outputs last in, first out. A layer whose attention has gone is still the same
+    place, though its output then comes from its resnet.
+    """
+    stack = [("conv_in", "conv_in")]
     for stage in graph.down:
-        stack += [_last_module(layer) for layer in stage.layers]
+        stack += [(_last_module(layer), layer.resnet.source) for layer in stage.layers]
         if stage.sampler is not None:
-            stack.append(stage.sampler.source)
+            stack.append((stage.sampler.source, stage.sampler.source))
     return {layer.resnet.source: stack.pop() for stage in graph.up for layer in stage.layers}
 
 

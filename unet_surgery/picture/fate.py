@@ -8,7 +8,7 @@ from typing import Literal
 
 from unet_surgery.errors import VerificationError
 from unet_surgery.graph import Attention, Layer, Mid, Stage, Stem, UNetGraph, build, parse_config, remove, verify
-from unet_surgery.lower import Counts, Placed, SurgeryPlan, count, modules
+from unet_surgery.lower import Counts, Placed, SurgeryPlan, count, modules, skip_sources
 
 __all__ = ["Fate", "Node", "PairOfNodes", "Skip", "StageFate", "Surgery", "read_surgery"]
 
@@ -173,9 +173,9 @@ def _blocks(student: UNetGraph) -> Mapping[str, frozenset[int]]:
 
 def _skips(teacher: UNetGraph, student: UNetGraph) -> tuple[Skip, ...]:
     """Return the teacher's skips in the order of its up layers, each followed by the one that takes its place."""
-    after = _sources(student)
+    after = skip_sources(student)
     skips: list[Skip] = []
-    for target, (source, producer) in _sources(teacher).items():
+    for target, (source, producer) in skip_sources(teacher).items():
         if target in after and after[target][1] == producer:
             skips.append(Skip(source, target, "kept"))
             continue
@@ -183,22 +183,3 @@ def _skips(teacher: UNetGraph, student: UNetGraph) -> tuple[Skip, ...]:
         if target in after:
             skips.append(Skip(after[target][0], target, "moved"))
     return tuple(skips)
-
-
-def _sources(graph: UNetGraph) -> dict[str, tuple[str, str]]:
-    """Return up resnet → (the module its skip comes from, the resnet or sampler of that place), by teacher path.
-
-    The up side takes the down side's outputs last in, first out. A layer whose attention has gone is still the same
-    place, though its output then comes from its resnet.
-    """
-    stack = [("conv_in", "conv_in")]
-    for stage in graph.down:
-        stack += [(_output(layer), layer.resnet.source) for layer in stage.layers]
-        if stage.sampler is not None:
-            stack.append((stage.sampler.source, stage.sampler.source))
-    return {layer.resnet.source: stack.pop() for stage in graph.up for layer in stage.layers}
-
-
-def _output(layer: Layer) -> str:
-    attention = layer.attention
-    return layer.resnet.source if attention is None or attention.bypass else attention.source
