@@ -37,8 +37,8 @@ def modern(tiny: Path, tmp_path: Path) -> Path:
 
 def test_a_fault_is_said_and_copied(modern: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = unet_surgery.prune("bk_tiny", modern, tmp_path / "out").folder
-    assert "text_encoder is copied with a fault" in caplog.text
-    assert "tokenizer is copied with a fault" in caplog.text
+    assert "text_encoder was copied with a fault" in caplog.text
+    assert "tokenizer was copied with a fault" in caplog.text
     assert "--normalize" in caplog.text
     for part in ("text_encoder", "tokenizer"):
         assert folder_bytes(out / part) == folder_bytes(modern / part)

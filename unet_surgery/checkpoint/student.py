@@ -67,10 +67,9 @@ def write_student(
     """
     pipeline = teacher.is_pipeline and not options.unet_only
     components = teacher.components() if pipeline else ()
-    mended = _mended(components, teacher, options)
+    faults = mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
+    mended = faults if options.normalize else ()
     licence = find_licence(teacher.root, family=plan.family, given=options.license)
-    if licence.id is None:
-        log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
     files = dict(_component_files(components, mended))
     facts = CardFacts(options.version, pipeline, licence, _again(plan, teacher, options), _mended_names(mended))
     texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
@@ -102,16 +101,10 @@ def write_student(
             disk.write_file(root / name, data)
         weights.check_unchanged()
         staging.commit()
-
-
-def _mended(components: Sequence[Component], teacher: TeacherFolder, options: StudentOptions) -> tuple[Mending, ...]:
-    """Return what is to be mended; without ``normalize`` nothing is, but it is said."""
-    found = mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
-    if options.normalize:
-        return found
-    for mending in found:
-        log.warning("%s is copied with a fault: %s; --normalize mends it", mending.component, mending.fault)
-    return ()
+    if licence.id is None:
+        log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
+    for fault in faults if not options.normalize else ():
+        log.warning("%s was copied with a fault: %s; --normalize mends it", fault.component, fault.fault)
 
 
 def _mended_names(mended: Sequence[Mending]) -> tuple[str, ...]:
