@@ -40,7 +40,6 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["recipes", "copy", "bk_tiny", "mine.yaml"], 0),
     (["recipes", "check", "mine.yaml"], 0),
     (["recipes", "diff", "bk_base", "bk_tiny"], 0),
-    (["doctor"], 0),
     (["doctor", "--json"], 0),
     (["prune", "-r", "bk_tiny", "-t", "teacher", "-o", "out"], 4),
     (["prune", "-r", "nothing", "-t", "teacher", "-o", "new"], 2),
