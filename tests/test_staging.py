@@ -198,6 +198,21 @@ def test_a_replace_that_died_halfway_is_recovered(
     assert entries(tmp_path) == ["out"]
 
 
+def test_a_refused_run_clears_what_a_dead_one_left(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was killed while it removed what it had replaced: the next one need not be allowed to replace."""
+    out = unet_surgery.prune("bk_base", teacher, tmp_path / "out").folder
+    before = folder_bytes(out)
+    (tmp_path / ".out.unet-surgery").mkdir()
+    (tmp_path / ".out.unet-surgery" / "plan.json").write_text("{}")
+    with pytest.raises(OutputError, match="exists"):
+        unet_surgery.prune("bk_tiny", teacher, out)
+    assert "clearing what an interrupted run left" in caplog.text
+    assert folder_bytes(out) == before
+    assert entries(tmp_path) == ["out"]
+
+
 def test_an_unconfirmed_rename_is_not_called_a_failure_to_write(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

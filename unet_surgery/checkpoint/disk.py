@@ -1,6 +1,6 @@
 """Every call that changes a file goes through this module, so that one shim can fail each of them in tests.
 
-Loops honour short counts (EINTR is retried by Python itself, PEP 475). Modes are left to the umask.
+Loops honour short counts, and a call that a signal interrupts is made again. Modes are left to the umask.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 __all__ = [
     "OnBytes",
@@ -28,6 +29,7 @@ __all__ = [
     "make_folder",
     "make_folders",
     "remove_file",
+    "remove_folder",
     "remove_tree",
     "rename_new",
     "replace_file",
@@ -43,6 +45,9 @@ FICLONE = 0x40049409
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 SYNC_FILE_RANGE_WRITE = 2
 AT_FDCWD = -100
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # What says "this file system or kernel can't do that here", not "that failed".
 UNSUPPORTED = {
@@ -67,16 +72,26 @@ def _ignore(_: int) -> None:
     pass
 
 
+def _again(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Make a call, again when a signal interrupts it: Python itself does so for some calls only (PEP 475)."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            return call(*args, **kwargs)
+
+
 def create(path: Path) -> int:
     """Create ``path``, which must not exist, and return a descriptor open for writing."""
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    return _again(os.open, path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
 
 
 def write(fd: int, data: bytes | memoryview) -> None:
     """Write all of ``data``."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        count = _again(os.write, fd, view)
+        if count == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes, and does not say why")
+        view = view[count:]
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -91,14 +106,17 @@ def write_file(path: Path, data: bytes) -> None:
 
 def fsync(fd: int) -> None:
     """Force a file's bytes to the disk."""
-    os.fsync(fd)
+    _again(os.fsync, fd)
 
 
 def fsync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk."""
+    """Force a folder's entries to the disk, where its file system knows how to (network ones do not all)."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(fd)
 
@@ -114,7 +132,7 @@ def copy_range(source_fd: int, offset: int, length: int, target_fd: int, on_byte
     unsent = 0
     while length:
         try:
-            count = os.copy_file_range(source_fd, target_fd, min(length, CHUNK_BYTES), offset)
+            count = _again(os.copy_file_range, source_fd, target_fd, min(length, CHUNK_BYTES), offset)
         except AttributeError:
             break
         except OSError as error:
@@ -139,9 +157,8 @@ def copy_range(source_fd: int, offset: int, length: int, target_fd: int, on_byte
 
 def start_writeback(fd: int) -> None:
     """Ask the kernel to start writing a file's changed pages, without waiting; a hint, so nothing can fail."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        call = ctypes.CDLL(None).sync_file_range
-        call(ctypes.c_int(fd), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
+    with contextlib.suppress(OSError):
+        _sync_file_range(fd, SYNC_FILE_RANGE_WRITE)
 
 
 def copy_file(source: Path, target: Path, on_bytes: OnBytes = _ignore) -> None:
@@ -152,7 +169,7 @@ def copy_file(source: Path, target: Path, on_bytes: OnBytes = _ignore) -> None:
         try:
             size = os.fstat(source_fd).st_size
             try:
-                fcntl.ioctl(target_fd, FICLONE, source_fd)
+                _again(fcntl.ioctl, target_fd, FICLONE, source_fd)
                 on_bytes(size)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
@@ -167,17 +184,17 @@ def copy_file(source: Path, target: Path, on_bytes: OnBytes = _ignore) -> None:
 
 def hard_link(source: Path, target: Path) -> None:
     """Give the file behind ``source`` a second name; ``source`` may be a symbolic link to it."""
-    os.link(os.path.realpath(source), target)
+    _again(os.link, os.path.realpath(source), target)
 
 
 def make_folder(path: Path) -> None:
     """Create one folder."""
-    path.mkdir()
+    _again(os.mkdir, path)
 
 
 def make_folders(path: Path) -> None:
     """Create a folder and what is missing above it; nothing is done where it exists."""
-    path.mkdir(parents=True, exist_ok=True)
+    _again(os.makedirs, path, exist_ok=True)
 
 
 def rename_new(source: Path, target: Path) -> None:
@@ -187,19 +204,19 @@ def rename_new(source: Path, target: Path) -> None:
         FileExistsError: ``target`` exists.
     """
     try:
-        _renameat2(source, target, RENAME_NOREPLACE)
+        _rename(source, target, lambda: _renameat2(source, target, RENAME_NOREPLACE))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        source.rename(target)
+        _rename(source, target, lambda: os.rename(source, target))
 
 
 def exchange(source: Path, target: Path) -> bool:
     """Swap the two names atomically; False where the system cannot (nothing has happened then)."""
     try:
-        _renameat2(source, target, RENAME_EXCHANGE)
+        _rename(source, target, lambda: _renameat2(source, target, RENAME_EXCHANGE))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
@@ -209,28 +226,20 @@ def exchange(source: Path, target: Path) -> bool:
 
 def remove_tree(path: Path) -> None:
     """Remove a folder and all in it; nothing is done where there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    while os.path.lexists(path):
+        # Somebody else may remove the same, or a signal interrupt it: both leave less to do.
+        with contextlib.suppress(FileNotFoundError, InterruptedError):
+            shutil.rmtree(path)
 
 
 def remove_file(path: Path) -> None:
     """Remove one file or link."""
-    path.unlink()
+    _again(os.unlink, path)
 
 
-def free_bytes(folder: Path) -> int:
-    """Return how many bytes may still be written to the file system of ``folder``."""
-    return shutil.disk_usage(folder).free
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> None:
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(source), None, str(target))
+def remove_folder(path: Path) -> None:
+    """Remove one empty folder."""
+    _again(os.rmdir, path)
 
 
 def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
@@ -246,15 +255,16 @@ def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
     fd = _open_alone(staged)
     try:
         try:
-            os.ftruncate(fd, 0)
+            _again(os.ftruncate, fd, 0)
             write(fd, data)
             fsync(fd)
             if force:
-                staged.replace(path)
+                _rename(staged, path, lambda: os.replace(staged, path))
             else:
                 rename_new(staged, path)
         except BaseException:
-            remove_file(staged)
+            with contextlib.suppress(OSError):  # what went wrong before is what must be heard of
+                remove_file(staged)
             raise
     finally:
         os.close(fd)
@@ -264,7 +274,7 @@ def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
 def _open_alone(path: Path) -> int:
     """Open ``path`` for writing and lock it, making it where it is missing."""
     while True:
-        fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fd = _again(os.open, path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False)):
@@ -275,3 +285,43 @@ def _open_alone(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes may still be written to the file system of ``folder``."""
+    return shutil.disk_usage(folder).free
+
+
+def _rename(source: Path, target: Path, call: Callable[[], None]) -> None:
+    """Make ``call``, which renames; again when a signal interrupts it, but not if it was done all the same.
+
+    (A network file system may do it and then report the interruption. To swap twice is not to swap at all.)
+    """
+    moved = os.lstat(source)
+    while True:
+        try:
+            return call()
+        except InterruptedError:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(moved, os.lstat(target)):
+                    return None
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+def _sync_file_range(fd: int, flags: int) -> None:
+    try:
+        call = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (AttributeError, OSError, TypeError):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
+    if call(ctypes.c_int(fd), ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(flags)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

@@ -2,6 +2,9 @@
 
 Everything is written into a sibling, ``.NAME.unet-surgery``, which is locked while a process works in it;
 one rename puts it in place. A sibling left by a process that died is cleared by the next run.
+
+Where folders cannot be swapped, ``.NAME.replaced.unet-surgery`` holds the old one between the two renames of a
+replacement; the next run puts it back if the process died there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.errors import OutputBusyError, OutputError
+from unet_surgery.checkpoint.interrupts import Interrupts
+from unet_surgery.errors import OutputBusyError, OutputError, SurgeryError
 
 __all__ = ["Staging"]
 
@@ -28,9 +32,11 @@ class Staging:
     """A context manager: write below ``folder``, then :meth:`commit`; anything else leaves nothing behind.
 
     An existing target is replaced only with ``replace``, which is called with it and raises if it must stay.
+    A signal whose handler raises unwinds it as an error does, but waits while names are changed and folders removed.
 
     Raises:
-        OutputError: the target exists, cannot be created, or another process is writing it.
+        OutputError: the target exists, cannot be created, or another process is writing it; or something is left that
+            could not be removed, and then the message says where.
     """
 
     def __init__(self, target: Path, *, replace: Callable[[Path], None] | None = None) -> None:
@@ -38,23 +44,34 @@ class Staging:
         self.replace = replace
         self.folder = self.target.parent / f".{self.target.name}{SUFFIX}"
         self._aside = self.target.parent / f".{self.target.name}.replaced{SUFFIX}"
+        self._is_placed = self._is_aside = False
         self._lock_fds: list[int] = []
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Staging:
         try:
-            self._recover_aside()
-            self._check_target()
+            self._interrupts.attach()
+            self._refuse_early()
+            self._interrupts.hold()  # until the lock is held, nobody could tell whose folder it is
             self._make_folder()
-        except OSError as error:
-            raise OutputError(
-                "the output folder cannot be made", where=str(self.target), found=error.strerror or str(error)
-            ) from error
-        return self
+            self._recover_aside()
+            self._interrupts.pause()
+            self._clear_leftovers()
+            self._check_target()  # now that nobody else can put one there
+            return self
+        except BaseException as error:
+            self._leave(error)
+            if isinstance(error, OSError):
+                raise OutputError(
+                    "the output folder cannot be made", where=str(self.target), found=_why(error)
+                ) from error
+            raise
 
     def commit(self) -> None:
         """Force the staged folders to disk and put the whole in place."""
         for root, _, _ in os.walk(self.folder, topdown=False):
             disk.fsync_folder(Path(root))
+        self._interrupts.hold()
         if self.replace is not None and os.path.lexists(self.target):
             self._check_target()
             self._replace()
@@ -67,31 +84,74 @@ class Staging:
                     where=str(self.target),
                     hint="choose another --out, or --force to replace it",
                 ) from None
+        self._is_placed = True
         try:
             disk.fsync_folder(self.target.parent)
         except OSError as error:
             raise OutputError(
                 "the output is in place and whole, but the disk did not confirm its name",
                 where=str(self.target),
-                found=error.strerror,
+                found=_why(error),
                 hint="check the disk; after a power cut the output may be gone",
             ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+        if isinstance(error, OSError):
+            kept = "what was there is as it was" if os.path.lexists(self.target) else "nothing was left at its path"
+            raise OutputError(
+                f"the output could not be written; {kept}", where=str(self.target), found=_why(error)
+            ) from error
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Remove what is not the output, let go of the locks, let signals through. ``error`` is already on its way."""
+        self._interrupts.hold()
         try:
+            self._remove_rest(error)
+        finally:
+            while self._lock_fds:
+                os.close(self._lock_fds.pop())
+            self._interrupts.release()
+
+    def _remove_rest(self, error: BaseException | None) -> None:
+        """Remove what was staged or, once the output is in place, what it replaced."""
+        try:
+            if self._is_aside:
+                self._remove_aside()
             if any(self._is_named(fd) for fd in self._lock_fds):  # else it is renamed, or another process's
                 disk.remove_tree(self.folder)
-        finally:
-            for fd in self._lock_fds:
-                os.close(fd)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
+        except OSError as failure:
+            rest = self._aside if self._is_aside else self.folder
+            if error is not None:  # which is what must be heard of
+                log.warning("%s could not be removed (%s); the next run does", rest, _why(failure))
+                return
             raise OutputError(
-                "the output could not be written; nothing was left at its path",
-                where=str(self.target),
-                found=error.strerror or str(error),
-            ) from error
+                "the output is in place and whole, but what it replaced could not be removed"
+                if self._is_placed
+                else "what was staged could not be removed",
+                where=str(rest),
+                found=_why(failure),
+                hint="remove it yourself; or the next run with this output and --force does",
+            ) from failure
+
+    def _remove_aside(self) -> None:
+        try:
+            # A half-removed folder must not look like one that was set aside and may be put back.
+            disk.rename_new(self._aside, self.folder)
+        except FileExistsError:  # another process begins; it will find this one locked
+            disk.remove_tree(self._aside)
+        self._is_aside = False
+
+    def _refuse_early(self) -> None:
+        """Refuse before anything is made; if another run's folders are there, what is seen may be about to change."""
+        try:
+            self._check_target()
+        except (OSError, SurgeryError):
+            if os.path.lexists(self.folder) or os.path.lexists(self._aside):
+                return  # its lock tells, and then the target is checked again
+            self._check_target()  # it may have finished just now
 
     def _check_target(self) -> None:
         target = self.target
@@ -116,32 +176,48 @@ class Staging:
             )
 
     def _make_folder(self) -> None:
-        """Make the staging folder and lock it; clear a dead run's, refuse a living one's."""
+        """Make the staging folder, or take a dead run's, and lock it; refuse a living one's."""
         while not self._lock_fds:
+            is_new = False
             with contextlib.suppress(FileExistsError):
                 disk.make_folder(self.folder)
+                is_new = True
             try:
                 fd = self._lock(self.folder)
             except FileNotFoundError:
                 continue  # its owner finished just now
-            if self._is_named(fd):
-                self._lock_fds.append(fd)
-            else:
-                os.close(fd)
+            except OSError:
+                if is_new:
+                    disk.remove_folder(self.folder)
+                raise
+            self._lock_fds.append(fd)
+            if not self._is_named(fd):
+                os.close(self._lock_fds.pop())
+
+    def _clear_leftovers(self) -> None:
         leftovers = list(self.folder.iterdir())
-        if leftovers:
-            log.warning("clearing what an interrupted run left in %s", self.folder.name)
+        if not leftovers:
+            return
+        log.warning("clearing what an interrupted run left in %s", self.folder.name)
+        try:
             for entry in leftovers:
                 if entry.is_dir() and not entry.is_symlink():
                     disk.remove_tree(entry)
                 else:
                     disk.remove_file(entry)
+        except OSError as error:
+            raise OutputError(
+                "what an interrupted run left cannot be cleared",
+                where=str(self.folder),
+                found=_why(error),
+                hint="run again, or remove it yourself",
+            ) from error
 
     def _lock(self, folder: Path) -> int:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(fd)
             raise OutputBusyError(
                 "another process is writing this output",
@@ -149,6 +225,9 @@ class Staging:
                 found=f"{folder.name} is locked",
                 hint="wait for it, or choose another --out",
             ) from error
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def _is_named(self, fd: int) -> bool:
@@ -168,18 +247,46 @@ class Staging:
         disk.rename_new(self.target, self._aside)
         try:
             disk.rename_new(self.folder, self.target)
-        except BaseException:
-            disk.rename_new(self._aside, self.target)
+        except OSError:
+            self._put_back()
             raise
-        disk.remove_tree(self._aside)
+        self._is_aside = True
+
+    def _put_back(self) -> None:
+        try:
+            disk.rename_new(self._aside, self.target)
+        except OSError as error:
+            raise OutputError(
+                "the output could not be put in place, nor the old one put back",
+                where=str(self._aside),
+                found=_why(error),
+                hint=f"this is the old one: the next run puts it back, or rename it to {self.target.name} yourself",
+            ) from error
 
     def _recover_aside(self) -> None:
-        """Where folders cannot be swapped, a run may have died between its two renames: put the old one back."""
+        """Where folders cannot be swapped, a run may have died between its renames: put the old one back, or clear it.
+
+        The staging folder is locked, so nobody else does the same; the folder set aside is locked if its run lives.
+        """
         if not self._aside.is_dir():
             return
-        if os.path.lexists(self.target):
-            log.warning("clearing %s, which an interrupted run replaced", self._aside.name)
-            disk.remove_tree(self._aside)
-        else:
-            log.warning("restoring %s, which an interrupted run had set aside", self.target.name)
-            disk.rename_new(self._aside, self.target)
+        fd = self._lock(self._aside)
+        try:
+            if os.path.lexists(self.target):
+                disk.rename_new(self._aside, self.folder / self._aside.name)  # cleared with what else is left
+            else:
+                log.warning("restoring %s, which an interrupted run had set aside", self.target.name)
+                disk.rename_new(self._aside, self.target)
+        except OSError as error:
+            raise OutputError(
+                "what an interrupted run set aside cannot be put back or cleared",
+                where=str(self._aside),
+                found=_why(error),
+                hint=f"run again; or rename it to {self.target.name} yourself, or remove it",
+            ) from error
+        finally:
+            os.close(fd)
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
