@@ -74,6 +74,8 @@ def test_the_wheel_carries_recipes_and_teachers(tmp_path: Path) -> None:
         check=True,
     )
     assert result.stdout.splitlines() == [str(site / "unet_surgery" / "__init__.py"), "815140"]
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()  # of the built-in teacher
+    assert (site / "unet_surgery" / "_licences" / "creativeml-openrail-m.txt").is_file()
 
 
 def test_the_checkout_finds_its_recipes() -> None:

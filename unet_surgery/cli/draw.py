@@ -74,7 +74,8 @@ def draw(
     if not quiet:
         from unet_surgery.lower import quantity
 
-        say(f"{quantity(plan.teacher.params)} parameters before, {quantity(plan.student.params)} after")
+        before, after = quantity(plan.teacher.params), quantity(plan.student.params)
+        say(f"{before} parameters before, {after} after" if plan.removed else f"{before} parameters")
 
 
 def _check_arguments(student: Path | None, recipe: str | None, teacher: str | None, variant: str | None) -> None:
