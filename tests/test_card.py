@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def test_the_teachers_own_texts_are_carried(teacher: Path, tmp_path: Path) -> No
 def test_an_unknown_licence_is_said(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = unet_surgery.prune("bk_tiny", teacher, tmp_path / "out").folder
     assert "names no licence" in caplog.text
-    assert "Unknown: the teacher's folder names no licence" in card_of(out).text
+    assert "Unknown: the teacher's card names no licence" in card_of(out).text
     assert "LICENSE" not in entries(out)
     named = unet_surgery.prune("bk_tiny", teacher, tmp_path / "named", license="creativeml-openrail-m").folder
     assert card_of(named).data.license == "creativeml-openrail-m"
@@ -254,6 +255,43 @@ def test_cards_as_people_write_them(tmp_path: Path, case: str, caplog: pytest.Lo
     write(tmp_path / "README.md")
     assert find_licence(tmp_path, family=None).id == expected
     assert "\x1b" not in caplog.text
+
+
+def test_a_notice_is_no_licence(teacher: Path, tmp_path: Path) -> None:
+    with_card(teacher, "license: creativeml-openrail-m\n")
+    (teacher / "NOTICE").write_text("Thanks.\n")
+    (teacher / "LICENSE").write_text("")
+    out = unet_surgery.prune("bk_tiny", teacher, tmp_path / "out").folder
+    assert (out / "NOTICE").read_text() == "Thanks.\n"
+    assert "exploit or harm minors" in (out / "LICENSE").read_text("utf-8")
+    assert "### Use restrictions" in card_of(out).text
+
+
+def test_a_strangers_restrictions_are_shown_and_not_rendered(teacher: Path, tmp_path: Path) -> None:
+    with_card(teacher, "license: other\n")
+    nasty = "<img src=x onerror=alert(1)> [free](https://evil.example) \x1b[2J\n```\n# x\n"
+    (teacher / "LICENSE").write_text("\n" * 500_000 + f"Attachment A\n\nUse Restrictions\n\n{nasty}")
+    start = time.perf_counter()
+    text = card_of(unet_surgery.prune("bk_tiny", teacher, tmp_path / "out").folder).text
+    assert time.perf_counter() - start < 5  # it took an hour once
+    outside = re.sub(r"^(`{3,})(\w*)\n(.*?)\n\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<img" in text
+    assert "<img" not in outside
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("x: &a mit\nlicense: *a\ntags:\n- foo\n", None),
+        ("license: null\n", None),
+        ("license: none\n", None),
+        ("license: NO\n", None),
+    ],
+)
+def test_what_is_no_licence(tmp_path: Path, front: str, expected: str | None) -> None:
+    with_card(tmp_path, front)
+    assert find_licence(tmp_path, family=None).id == expected
 
 
 def test_names_of_licence_files() -> None:

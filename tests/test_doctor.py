@@ -113,6 +113,18 @@ def test_a_cache_that_cannot_be_made(wants: list[str], tmp_path: Path, monkeypat
     assert "cannot be written (built-in teachers" in problem
 
 
+def test_nothing_in_the_current_folder_is_imported(
+    wants: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded model may hold a torch.py."""
+    for name in ("json", "numpy", "warnings"):
+        (tmp_path / f"{name}.py").write_text("open('canary', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    wants += ["numpy>=1"]
+    assert doctor.diagnose().problems == ()
+    assert not (tmp_path / "canary").exists()
+
+
 def test_a_password_in_the_endpoint_is_not_shown(wants: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:s3cret@hub.example")
     assert doctor.diagnose().hub["endpoint"] == "hub.example"

@@ -397,6 +397,52 @@ def test_force_keeps_what_users_added_to_a_student(tiny: Path, tmp_path: Path) -
     unet_surgery.check(out, tiny)
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "unet/optimizer.bin", "unet/notes.txt", "LICENSE-mine"])
+def test_force_keeps_checkpoints_and_texts_of_users(tiny: Path, tmp_path: Path, name: str) -> None:
+    out = unet_surgery.prune("bk_base", tiny, tmp_path / "out").folder
+    (out / name).write_text("mine")
+    with pytest.raises(OutputError, match="prune did not write"):
+        unet_surgery.prune("bk_tiny", tiny, out, force=True)
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tokenizer/notes.txt", "vae", "NOTICE"])
+def test_no_link_leads_out_of_the_teacher(
+    tiny: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a student holds is made to be published."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny, teacher)
+    (tmp_path / "secret").mkdir()
+    if name == "vae":
+        shutil.move(teacher / "vae", tmp_path / "secret" / "vae")
+    else:
+        (tmp_path / "secret" / Path(name).name).write_text("a key")
+    (teacher / name).symlink_to(tmp_path / "secret" / Path(name).name)
+    if name == "NOTICE":
+        out = unet_surgery.prune("bk_tiny", teacher, tmp_path / "out").folder
+        assert "NOTICE cannot be carried along: a link leads out" in caplog.text
+        assert "NOTICE" not in entries(out)
+        return
+    with pytest.raises(TeacherError, match="leads out of the teacher's folder"):
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_component_that_changes_after_it_was_looked_at(tiny: Path, tmp_path: Path, normalize: bool) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny, teacher)
+    path = teacher / "text_encoder" / "model.safetensors"
+
+    def change(done: int, total: int) -> None:
+        if path.stat().st_size > 10:
+            path.write_bytes(b"garbage")
+
+    with pytest.raises(TeacherError, match=r"changed while it was read|ended while it was read"):
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", progress=change, normalize=normalize)
+    assert "out" not in entries(tmp_path)
+
+
 def test_force_takes_an_empty_folder(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     unet_surgery.check(unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", force=True).folder, teacher)

@@ -37,11 +37,12 @@ _STATEMENTS = {
     "transformers": "from transformers import CLIPTextModel, CLIPTokenizer",
 }
 
+_MARK = "@unet-surgery@"
 _PROBE = """
 import json, sys, time, warnings
 warnings.simplefilter("ignore")
 def say(what):
-    sys.stdout.write("@" + json.dumps(what) + "\\n")
+    sys.stdout.write("\\n@unet-surgery@" + json.dumps(what) + "\\n")
     sys.stdout.flush()
 for name, statement in json.loads(sys.argv[1]):
     start, error = time.perf_counter(), None
@@ -135,6 +136,8 @@ def _packages() -> tuple[tuple[Package, ...], tuple[str, ...]]:
     for text in metadata.requires(DISTRIBUTION) or ():
         requirement = Requirement(text)
         extra = _extra(str(requirement.marker or ""))
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra or ""}):
+            continue  # for another system
         if extra not in NOT_FOR_USERS and not any(p.name == requirement.name and p.extra == extra for p in found):
             found.append(Package(requirement.name, extra, str(requirement.specifier), _version(requirement.name), None))
     if _version(TORCHVISION) is not None:
@@ -190,18 +193,19 @@ def _probe(names: Sequence[str]) -> tuple[dict[str, tuple[str | None, float]], t
 
 def _run_probe(names: Sequence[str]) -> Iterator[list[Any]]:
     statements = [(name, _STATEMENTS.get(name, f"import {name.replace('-', '_')}")) for name in names]
-    command = [sys.executable, "-c", _PROBE, json.dumps(statements)]
+    # -P: the folder that one stands in may be a downloaded model's, and what lies there is not to be imported
+    command = [sys.executable, "-P", "-c", _PROBE, json.dumps(statements)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(  # noqa: S603  # our own interpreter and our own text
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_SECONDS, env=environment
         )
         output = done.stdout
     except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        output = error.stdout.decode("utf-8", "replace") if isinstance(error.stdout, bytes) else error.stdout or ""
     for line in output.splitlines():
-        if line.startswith("@"):  # packages print things of their own
-            yield json.loads(line[1:])
+        if line.startswith(_MARK):  # packages print things of their own
+            yield json.loads(line.removeprefix(_MARK))
 
 
 def _broken(packages: Sequence[Package]) -> Iterator[str]:

@@ -56,6 +56,12 @@ def swap_names(folder: Path) -> None:
     write_container(folder / WEIGHTS, header, data)
 
 
+def swap_sources(data: dict[str, Any]) -> None:
+    weights = data["weights"]
+    one, other = "down_blocks.0.resnets.0.norm1.weight", "down_blocks.0.resnets.0.norm1.bias"
+    weights[one], weights[other] = weights[other], weights[one]
+
+
 def refused(name: str, build: Build, *says: str, argv: tuple[str, ...] = CHECK) -> Case:
     return Case("student", name, build, says, code=STUDENT_FAULT, argv=argv)
 
@@ -82,8 +88,12 @@ STUDENT_CASES = (
         "a plan with a wild config", plan(lambda p: p["teacher"]["config"].update(layers_per_block=10**9)), "config"
     ),
     refused("a plan with a config of no U-Net", plan(lambda p: p["student"].update(config={"a": 1})), "config"),
-    refused("a map that lacks a tensor", plan(lambda p: p["weights"].popitem()), "weight map"),
-    refused("a map with a tensor too many", plan(lambda p: p["weights"].update({"\x1b[2J": None})), "weight map"),
+    refused("a map that lacks a tensor", plan(lambda p: p["weights"].popitem()), "follow from what it removes"),
+    refused(
+        "a map with a tensor too many",
+        plan(lambda p: p["weights"].update({"\x1b[2J": None})),
+        "follow from what it removes",
+    ),
     refused("a map to numbers", plan(lambda p: p["weights"].update({"conv_in.bias": 5})), "weights"),
     refused(
         "a map to a wrong tensor",
@@ -126,6 +136,15 @@ STUDENT_CASES = (
         "vae/config.json",
         argv=WHOLE,
     ),
+    refused(
+        "a file beside a part's own",
+        student(lambda f: (f / "vae" / "x.safetensors").write_bytes(b"x"), "pipeline-student"),
+        "the teacher does not have",
+        argv=WHOLE,
+    ),
+    refused("two entries of the map swapped", plan(swap_sources), "follow from what it removes"),
+    refused("a plan that removes nothing", plan(lambda p: p.update(removed={})), "follow from what it removes"),
+    refused("a plan that removes what is not there", plan(lambda p: p["removed"].update(x="y")), "plan.json"),
     refused("a part gone", student(remove("tokenizer"), "pipeline-student"), "tokenizer"),
     # --- --force ---
     Case(

@@ -12,6 +12,7 @@ import yaml
 
 from unet_surgery.checkpoint.licence import Licence
 from unet_surgery.checkpoint.teacher import LOCAL, is_hub_id
+from unet_surgery.errors import escaped
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import SurgeryPlan, quantity, shapes_of
 
@@ -47,7 +48,7 @@ def write_card(plan: SurgeryPlan, facts: CardFacts) -> str:
         _opening(plan),
         "## Sizes\n\n" + _sizes(plan),
         "## What was removed\n\n" + _removed(plan),
-        "## Recipe\n\n" + _fenced("yaml", yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)),
+        "## Recipe\n\n" + _fenced("yaml", _recipe(plan)),
         "## Loading\n\n" + _loading(plan, facts),
         "## Making it again\n\n" + _rebuild(plan, facts),
         "## Limits\n\n" + _limits(plan, facts),
@@ -55,8 +56,17 @@ def write_card(plan: SurgeryPlan, facts: CardFacts) -> str:
     ]
     citation = plan.recipe.get("citation")
     if citation:
-        sections.append("## Citation\n\nThe recipe is from:\n\n" + _fenced("text", str(citation)))
+        text = escaped(str(citation), keep="\n")
+        sections.append("## Citation\n\nThe recipe is from:\n\n" + _fenced("text", text))
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
+
+
+def _recipe(plan: SurgeryPlan) -> str:
+    """Return the recipe as YAML; what is not printable in it (a mark that turns text around) as YAML's escapes."""
+    text = yaml.safe_dump(dict(plan.recipe), sort_keys=False, allow_unicode=True)
+    if escaped(text, keep="\n") == text:
+        return text
+    return yaml.safe_dump(dict(plan.recipe), sort_keys=False)
 
 
 def _front(plan: SurgeryPlan, facts: CardFacts) -> str:
@@ -82,10 +92,19 @@ def _opening(plan: SurgeryPlan) -> str:
 A smaller Stable Diffusion U-Net: {_teacher(plan)} without the layers that the recipe `{recipe}` names,
 {quantity(before.params)} parameters brought down to {quantity(after.params)}. Made by {PROJECT}.
 
-> **Not trained yet.** Every weight here is the teacher's own, and no layer has learned to do without its removed
+> **Not trained yet.** {_origin(plan)}, and no layer has learned to do without its removed
 > neighbours. As it is, this model draws broken pictures: distil it from its teacher before you use it.
 
 ![The U-Net of {recipe}: what was kept, and what was removed]({PICTURE})"""
+
+
+def _origin(plan: SurgeryPlan) -> str:
+    text = "Every weight here is the teacher's own"
+    if plan.dtype is not None:
+        text += f", converted to {plan.dtype}"
+    if plan.bypassed:
+        text += ", or zero where an attention was taken out of a stage that keeps others"
+    return text
 
 
 def _teacher(plan: SurgeryPlan) -> str:
@@ -124,7 +143,7 @@ def _removed(plan: SurgeryPlan) -> str:
         shell = f"{bypassed.params_left:,} parameters stay, its last projection zero."
         lines += ["", f"`{bypassed.attention}` adds nothing any more, but stock diffusers must hold its shell: {shell}"]
     if plan.changed_skips:
-        lines += ["", "Skip connections that end elsewhere than in the teacher:", ""]
+        lines += ["", "Skip connections that begin elsewhere than in the teacher:", ""]
         lines += [
             f"- `{skip.layer}` takes `{skip.student_skip}`, in the teacher `{skip.teacher_skip}`"
             for skip in plan.changed_skips
@@ -199,17 +218,23 @@ def _licence(plan: SurgeryPlan, facts: CardFacts) -> str:
     texts = ", ".join(f"[{name}]({name.replace(' ', '%20')})" for name in licence.files)
     if licence.id is None and not texts:
         return (
-            "Unknown: the teacher's folder names no licence. This model is a derivative of its teacher, whose licence "
-            "applies to it. Add it, here and in the metadata above, before you publish.\n\n" + _notice(plan)
+            "Unknown: the teacher's card names no licence that could be read. This model is a derivative of its "
+            "teacher, whose licence applies to it. Add it, here and in the metadata above, before you publish.\n\n"
+            + _notice(plan, facts)
         )
-    name = f"`{licence.id}`" if licence.id else "the licence"
-    text = f"This model is a derivative of its teacher and stays under the teacher's licence, {name}"
+    name = f", `{licence.id}`" if licence.id else ""
+    if licence.name is not None and re.fullmatch(r"[\w .+-]{1,80}", licence.name):
+        name += f" ({licence.name})"
+    text = f"This model is a derivative of its teacher and stays under the teacher's licence{name}"
     text += f"; its text is in {texts}." if texts else "; the teacher's folder held no text of it."
     if not texts and licence.link is not None and _URL.fullmatch(licence.link):
         text += f" See <{licence.link}>."
-    text += "\n\n" + _notice(plan)
+    text += "\n\n" + _notice(plan, facts)
     if licence.restrictions is not None:
-        quoted = "\n".join(f"> {line}".rstrip() for line in licence.restrictions.splitlines())
+        if licence.is_known:
+            quoted = "\n".join(f"> {line}".rstrip() for line in licence.restrictions.splitlines())
+        else:  # a stranger's text is shown, not rendered
+            quoted = _fenced("text", escaped(licence.restrictions.replace("\r\n", "\n"), keep="\n\t"))
         text += (
             "\n\n### Use restrictions\n\nThey bind whoever uses this model, and must be passed on with it and with "
             f"whatever is made of it:\n\n{quoted}"
@@ -217,11 +242,14 @@ def _licence(plan: SurgeryPlan, facts: CardFacts) -> str:
     return text
 
 
-def _notice(plan: SurgeryPlan) -> str:
+def _notice(plan: SurgeryPlan, facts: CardFacts) -> str:
+    mended = ", ".join(f"`{name}`" for name in facts.normalized)
+    rest = f" except {mended}, which store the same values in another layout" if mended else ""
+    dtype = f", its weights converted to {plan.dtype}" if plan.dtype is not None else ""
     return (
         f"**Notice of modification.** The U-Net's config and weights are not the teacher's files: layers of "
-        f"{_teacher(plan)} were removed and the remaining ones renumbered with unet-surgery, as listed under "
-        "“What was removed”. The other parts of the pipeline, if they are here, are the teacher's."
+        f"{_teacher(plan)} were removed and the remaining ones renumbered with unet-surgery{dtype}, as listed under "
+        f"“What was removed”. The other parts of the pipeline, if they are here, are the teacher's{rest}."
     )
 
 

@@ -29,8 +29,8 @@ from unet_surgery.errors import (
     first_few,
     printable,
 )
-from unet_surgery.graph import build, parse_config
-from unet_surgery.lower import SurgeryPlan, count, shapes_of
+from unet_surgery.graph import build, parse_config, remove
+from unet_surgery.lower import SurgeryPlan, count, lower_config, shapes_of, weight_map
 from unet_surgery.recipe.yamlfile import parse_yaml
 
 __all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
@@ -162,6 +162,7 @@ def _check_plan(plan: SurgeryPlan, folder: Path, max_header_bytes: int) -> None:
                 expected=f"{counted.params} parameters in {counted.tensors} tensors, {counted.macs} MACs",
                 found=f"{counts.params} parameters in {counts.tensors} tensors, {counts.macs} MACs",
             )
+    _check_derived(plan, folder)
     try:
         recipe = parse_yaml(read_regular(folder / RECIPE, MAX_JSON_BYTES).decode("utf-8"), RECIPE).data
     except (SurgeryError, UnicodeDecodeError) as error:
@@ -177,6 +178,24 @@ def _check_plan(plan: SurgeryPlan, folder: Path, max_header_bytes: int) -> None:
         raise VerificationError(
             error.what, where=error.where, expected=error.expected, found=error.found, hint="prune again"
         ) from error
+
+
+def _check_derived(plan: SurgeryPlan, folder: Path) -> None:
+    """The student's config and the source of every tensor follow from the teacher's config and what was removed."""
+    try:
+        config = parse_config(plan.teacher_config)
+        left = remove(build(config), plan.removed)
+        same = weight_map(left) == plan.weights and lower_config(config.raw, left) == plan.student_config
+    except (SurgeryError, KeyError, IndexError) as error:
+        raise VerificationError(
+            "what the plan removes cannot be removed", where=str(folder / PLAN), found=printable(str(error))
+        ) from error
+    if not same:
+        raise VerificationError(
+            "the plan's config or weight map does not follow from what it removes",
+            where=str(folder / PLAN),
+            hint="prune again",
+        )
 
 
 def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
@@ -284,6 +303,12 @@ def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
     }
     copied = {INDEX: teacher.root / INDEX}
     copied |= {f"{c.name}/{target}": c.folder / source for c in components for source, target in c.files.items()}
+    for component in components:
+        for path in sorted((folder / component.name).iterdir()):
+            if f"{component.name}/{path.name}" not in copied | mended:
+                raise VerificationError(
+                    "a file that the teacher does not have", where=str(path), hint="remove it, or prune again"
+                )
     for name in copied | mended:
         copy = folder / name
         if name not in copied and not copy.exists():

@@ -20,10 +20,11 @@ from unet_surgery.checkpoint.layout import component_files, component_weights, i
 from unet_surgery.checkpoint.reader import open_weights
 from unet_surgery.errors import TeacherError, printable
 
-__all__ = ["INDEX", "Component", "component_names", "read_components"]
+__all__ = ["INDEX", "Component", "check_inside", "component_names", "read_components"]
 
 INDEX = "model_index.json"
 PARSED_JSON_BYTES = 1 << 20  # larger ones are vocabularies
+WITHOUT_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 TEXT_SUFFIXES = (".json", ".txt")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
@@ -32,13 +33,31 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 class Component:
     """A part of a pipeline besides the U-Net: its folder, and source name → target name of the files it needs.
 
-    ``kind`` is its class as model_index.json names it: text, never a class to be built.
+    ``kind`` is its class as model_index.json names it: text, never a class to be built. ``stamps`` say which files were
+    looked at.
     """
 
     name: str
     folder: Path
     files: Mapping[str, str]
     kind: str
+    stamps: Mapping[str, tuple[int, int, int]]
+
+    def check_unchanged(self) -> None:
+        """Raise TeacherError if a file is not the one that was looked at."""
+        for name, stamp in self.stamps.items():
+            if _stamp(self.folder / name) != stamp:
+                raise TeacherError(
+                    "the teacher changed while it was read", where=str(self.folder / name), hint="run again"
+                )
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def component_names(root: Path) -> dict[str, str]:
@@ -80,15 +99,29 @@ def read_components(
         folder = root / name
         if not folder.is_dir():
             raise _incomplete(root / INDEX, f"a folder {name}/")
-        files = component_files([path.name for path in _regular_files(folder)], variant)
-        component = Component(name, folder, files, kind)
-        _check_complete(folder, files.values())
+        check_inside(root, folder)
+        files = component_files([path.name for path in _regular_files(root, folder)], variant)
+        stamps = {file: _stamp(folder / file) for file in files}
+        component = Component(name, folder, files, kind, stamps)
+        _check_complete(folder, files.values(), kind)
         _check_contents(component, variant, max_header_bytes)
         components.append(component)
     return tuple(components)
 
 
-def _regular_files(folder: Path) -> list[Path]:
+def check_inside(root: Path, path: Path) -> None:
+    """A link must not publish what lies elsewhere on this machine; the Hub's cache keeps its files in ``blobs``."""
+    real, top = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if not any(real.is_relative_to(home) for home in (top, top.parent / "blobs", top.parent.parent / "blobs")):
+        raise TeacherError(
+            "a link leads out of the teacher's folder",
+            where=str(path),
+            found=str(real),
+            hint="put the file itself there, if it is to be part of the student",
+        )
+
+
+def _regular_files(root: Path, folder: Path) -> list[Path]:
     """Return the files of a folder, which may be links to files; other folders in it are no part of a component."""
     files = []
     for path in sorted(folder.iterdir()):
@@ -97,15 +130,18 @@ def _regular_files(folder: Path) -> list[Path]:
         except OSError as error:
             raise _incomplete(path, "a link that leads to a file", error.strerror) from error
         if stat.S_ISREG(mode):
+            check_inside(root, path)
             files.append(path)
         elif not stat.S_ISDIR(mode):
             raise TeacherError("this is not a regular file", where=str(path), found=kind_of(mode))
     return files
 
 
-def _check_complete(folder: Path, names: Collection[str]) -> None:
+def _check_complete(folder: Path, names: Collection[str], kind: str) -> None:
     if not names:
         raise _incomplete(folder, "files")
+    if kind.removesuffix("Fast").endswith(WITHOUT_WEIGHTS):
+        return
     has_config, has_weights = "config.json" in names, any(is_weights_file(name) for name in names)
     if has_config != has_weights:
         raise _incomplete(folder, "weights beside config.json" if has_config else "config.json beside the weights")
@@ -124,7 +160,7 @@ def _check_contents(component: Component, variant: str | None, max_header_bytes:
         size = path.stat().st_size
         if name.endswith(".json") and size <= PARSED_JSON_BYTES:
             _check_json(path)
-        elif name.endswith(TEXT_SUFFIXES) or is_weights_file(name):
+        else:
             _check_start(path, size)
 
 
@@ -143,7 +179,9 @@ def _check_start(path: Path, size: int) -> None:
         what = recognise(file.read(64), size)
     if size == 0 and is_weights_file(path.name):
         raise _damaged(path, "an empty file")
-    if what is not None and not what.endswith("a pickle"):  # of the component's own; it is copied, never opened
+    own = is_weights_file(path.name) and what is not None and what.endswith("a pickle")  # copied, never opened
+    meant = path.name.endswith(TEXT_SUFFIXES) or is_weights_file(path.name) or "LFS" in (what or "")
+    if what is not None and meant and not own:
         raise _damaged(path, what)
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Collection
 
 __all__ = ["recognise", "recognise_names"]
 
+_PAGE = "an HTML or XML page: probably an error page saved in its place"
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes: a pickle"),
     *((bytes((0x80, protocol)), "a pickle") for protocol in range(2, 6)),
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded"),
-    (b"<", "an HTML or XML page: probably an error page saved in its place"),
+    *(
+        (tag, "an HTML or XML page: probably an error page saved in its place")
+        for tag in (b"<!doctype", b"<html", b"<?xml")
+    ),
     (b"GGUF", "a GGUF file"),
     (b"\x89HDF\r\n", "an HDF5 file (Keras)"),
     (b"\x1f\x8b", "a gzip archive"),
@@ -62,7 +66,8 @@ def recognise(start: bytes, file_bytes: int) -> str | None:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file_bytes - 8:
         return None
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return next((what for magic, what in _NOT_SAFETENSORS if text.startswith(magic)), None)
+    lower = text.lower()
+    return next((what for magic, what in _NOT_SAFETENSORS if text.startswith(magic) or lower.startswith(magic)), None)
 
 
 def recognise_names(names: Collection[str]) -> str | None:

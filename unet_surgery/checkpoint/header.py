@@ -124,7 +124,7 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
             hint=None if length > LARGEST_HEADER_BYTES else f"--max-header {length}, if you trust the file",
         )
     raw = os.pread(fd, length, 8)
-    _check_bulk(raw, max_bytes, name)
+    _check_bulk(raw, limit, name)
     if not raw.startswith(b"{"):
         raise ContainerError("the header is not a JSON object", where=name, expected="{", found=printable(raw[:8]))
     try:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from unet_surgery.checkpoint.components import check_inside
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.checkpoint.jsonfile import read_regular
 from unet_surgery.errors import TeacherError, UsageError, printable
@@ -34,7 +35,9 @@ MAX_FILES = 8
 _KEYS = ("license", "license_name", "license_link", "pipeline_tag")
 _ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _FILE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE[-_ ]?(POLICY|RESTRICTIONS))([-_. ][\w. -]*)?", re.IGNORECASE)
-_RESTRICTIONS = re.compile(r"\n\s*Attachment A\s+Use Restrictions\s+(.+)\Z", re.DOTALL)
+_TEXT = re.compile(r"(LICEN[CS]E|COPYING)", re.IGNORECASE)
+_RESTRICTIONS = re.compile(r"^[ \t]*Attachment A\s+Use Restrictions\s", re.MULTILINE)
+_NOTHING = ("", "~", "null", "none", "no", "unknown")
 
 # Hub identifier, family (None: all others) → the file in _licences
 _TEXTS = {
@@ -61,8 +64,15 @@ class Licence:
     @property
     def restrictions(self) -> str | None:
         """The use restrictions of an OpenRAIL licence, word for word; None where its text has none."""
-        found = (match for text in self.files.values() if (match := _RESTRICTIONS.search(text)) is not None)
-        return next((match[1].strip() for match in found), None)
+        for text in self.files.values():
+            if (match := _RESTRICTIONS.search(text)) is not None:
+                return text[match.end() :].strip()
+        return None
+
+    @property
+    def is_known(self) -> bool:
+        """True if the text with the restrictions is one that this package brings, and no stranger's."""
+        return any(text in _known_texts() for text in self.files.values() if _RESTRICTIONS.search(text))
 
 
 def find_licence(root: Path, *, family: str | None, given: str | None = None) -> Licence:
@@ -79,6 +89,8 @@ def find_licence(root: Path, *, family: str | None, given: str | None = None) ->
         )
     card = _read_card(root / CARD)
     named = card.get("license")
+    if named is not None and named.lower() in _NOTHING:
+        named = None
     if named is not None and not _ID.fullmatch(named):
         log.warning("the teacher's card names a licence that is no identifier: %s", printable(named))
         named = None
@@ -91,7 +103,9 @@ def find_licence(root: Path, *, family: str | None, given: str | None = None) ->
             hint="leave --license out",
         )
     identifier = named or given
-    files = _files(root) or _bundled_text(identifier, family)
+    files = _files(root)
+    if not any(_TEXT.match(name) for name in files):  # a NOTICE is no licence
+        files |= _bundled_text(identifier, family)
     return Licence(identifier, card.get("license_name"), card.get("license_link"), files, card.get("pipeline_tag"))
 
 
@@ -141,11 +155,12 @@ def _top_level(text: str) -> dict[str, str]:
             if depth == 1 and key is not None:
                 found |= {key: values[0]} if len(values) == 1 else {}
                 key, values = None, []
-        elif isinstance(event, yaml.ScalarEvent) and depth == 1:
+        elif isinstance(event, (yaml.ScalarEvent, yaml.AliasEvent)) and depth == 1:
+            value = event.value if isinstance(event, yaml.ScalarEvent) else ""  # what an alias stands for is not known
             if key is None:
-                key = event.value
+                key = value
             else:
-                found[key], key = event.value, None
+                found[key], key = value, None
         elif isinstance(event, yaml.ScalarEvent) and depth == 2:
             values.append(event.value)
     return found
@@ -158,13 +173,20 @@ def _files(root: Path) -> dict[str, str]:
         try:
             if stat.S_ISDIR(path.stat().st_mode):
                 continue
+            check_inside(root, path)
             data = read_regular(path, MAX_BYTES)
             if (what := recognise(data[:64], len(data))) is not None:
                 raise ValueError(what)
-            files[name] = data.decode("utf-8")
+            if data.strip():
+                files[name] = data.decode("utf-8")
         except (OSError, TeacherError, ValueError) as error:
             log.warning("the teacher's %s cannot be carried along: %s", printable(name), printable(_first_line(error)))
     return files
+
+
+def _known_texts() -> set[str]:
+    folder = Path(str(importlib.resources.files("unet_surgery"))) / "_licences"
+    return {(folder / name).read_text("utf-8") for name in _TEXTS.values()}
 
 
 def _bundled_text(identifier: str | None, family: str | None) -> dict[str, str]:

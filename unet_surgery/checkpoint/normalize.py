@@ -25,7 +25,8 @@ __all__ = ["Content", "Mending", "mendings"]
 PREFIX = "text_model."
 TOKEN_EMBEDDING = "embeddings.token_embedding.weight"  # noqa: S105  # a tensor's name
 TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-MAX_TOKENIZER_BYTES = 32 << 20
+MAX_TOKENIZER_BYTES = 16 << 20  # CLIP's has 2.2 MB, 49,000 merges
+MAX_CONTAINERS, MAX_COMMAS = 150_000, 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,11 @@ def _tokenizer(component: Component) -> Mending | None:
     if path.name not in component.files or {"vocab.json", "merges.txt"} <= component.files.keys():
         return None
     try:
-        parsed = json.loads(read_regular(path, MAX_TOKENIZER_BYTES))
-        files = _vocabulary(parsed)
-    except (SurgeryError, ValueError, KeyError, TypeError, AttributeError):
+        raw = read_regular(path, MAX_TOKENIZER_BYTES)
+        if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS or raw.count(b",") > MAX_COMMAS:
+            return None
+        files = _vocabulary(json.loads(raw))
+    except (SurgeryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # of a form that is not known here; it is copied as it is
     missing = {name: content for name, content in files.items() if name not in component.files}
     return Mending(

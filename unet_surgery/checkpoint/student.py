@@ -13,7 +13,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.card import PICTURE, CardFacts, write_card
 from unet_surgery.checkpoint.components import INDEX, Component
 from unet_surgery.checkpoint.jsonfile import read_object
-from unet_surgery.checkpoint.layout import is_weights_file
+from unet_surgery.checkpoint.layout import UNET_BASE, is_weights_file
 from unet_surgery.checkpoint.licence import CARD, find_licence, is_licence_file
 from unet_surgery.checkpoint.normalize import Content, Mending, mendings
 from unet_surgery.checkpoint.reader import Weights
@@ -100,6 +100,8 @@ def write_student(
         for name, data in texts.items():
             disk.write_file(root / name, data)
         weights.check_unchanged()
+        for component in components:
+            component.check_unchanged()
         staging.commit()
     if licence.id is None:
         log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
@@ -165,7 +167,10 @@ def _check_replaceable(folder: Path) -> None:
     own = {CONFIG, PLAN, RECIPE, CARD, PICTURE, INDEX, "unet"}
     if INDEX in names:
         own |= read_object(folder / INDEX).keys()
-    added = sorted(name for name in names - own if not (is_weights_file(name) or is_licence_file(name)))
+    added = sorted(name for name in names - own if not _is_own(folder, name))
+    unet = folder / "unet"
+    if unet.is_dir():
+        added += sorted(f"unet/{name}" for name in os.listdir(unet) if name != CONFIG and not _is_own(folder, name))
     if added:
         raise OutputError(
             "--force would delete files that prune did not write",
@@ -173,6 +178,17 @@ def _check_replaceable(folder: Path) -> None:
             found=first_few(added),
             hint="move them away, or choose another --out",
         )
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    """True for weights under the names that prune gives them, and for licence texts that the card links to."""
+    if is_weights_file(name) and name.startswith(UNET_BASE):
+        return True
+    try:
+        card = (folder / CARD).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return is_licence_file(name) and f"]({name.replace(' ', '%20')})" in card
 
 
 def _size(content: Path | Content) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import Quiet, Teacher, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, MaxHeader, Quiet, Teacher, Variant
 from unet_surgery.cli.sink import command, say, show
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def draw(
         int | None, typer.Option("--width", help=f"The width of a PNG in pixels. Default: {DEFAULT_WIDTH}.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
     quiet: Quiet = False,
 ) -> None:
     """Draw the teacher's U-Net, with what is removed from it as ghosts: an SVG, or a PNG.
@@ -55,11 +56,11 @@ def draw(
     _check_arguments(student, recipe, teacher, variant)
     if out == "-":
         _check_width(width, is_png=False)
-        show(picture_of(_plan(student, recipe, teacher, variant)).rstrip("\n"))
+        show(picture_of(_plan(student, recipe, teacher, variant, max_header)).rstrip("\n"))
         return
     if out is not None:  # refused before anything is read
         _check_target(Path(out), width, force=force)
-    plan = _plan(student, recipe, teacher, variant)
+    plan = _plan(student, recipe, teacher, variant, max_header)
     target = Path(_default_name(student, recipe, teacher, variant) if out is None else out)
     _check_target(target, width, force=force)
     svg = picture_of(plan)
@@ -114,14 +115,16 @@ def _check_width(width: int | None, *, is_png: bool) -> None:
         raise UsageError("an SVG has no width in pixels", hint="leave out --width, or write .png")
 
 
-def _plan(student: Path | None, recipe: str | None, teacher: str | None, variant: str | None) -> SurgeryPlan:
+def _plan(
+    student: Path | None, recipe: str | None, teacher: str | None, variant: str | None, max_header: str
+) -> SurgeryPlan:
     from unet_surgery.api import plan, plan_whole
     from unet_surgery.checkpoint.check import read_plan
 
     if student is not None:
         return read_plan(student)
     if recipe is not None:
-        return plan(recipe, teacher, variant=variant)
+        return plan(recipe, teacher, variant=variant, max_header=max_header)
     assert teacher is not None
     return plan_whole(teacher, variant=variant)
 

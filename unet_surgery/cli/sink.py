@@ -66,6 +66,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             if _state.debug:
                 say(_without_tokens(traceback.format_exc()))
             message, code = _explain(error)
+            message = _without_tokens(message) if _state.debug else message
             if message:
                 say(message)
             raise typer.Exit(code) from None
@@ -88,9 +89,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case SurgeryError():
             return f"error: {error}", error.exit_code
         case KeyboardInterrupt():
-            return "interrupted; nothing was left at the output", 130
+            return "interrupted; nothing half-written was left", 130
         case Terminated():
-            return "terminated; nothing was left at the output", 128 + error.number
+            return "terminated; nothing half-written was left", 128 + error.number
         case BrokenPipeError():  # the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return "", 0
@@ -109,7 +110,12 @@ def say(text: str) -> None:
 
 def _without_tokens(text: str) -> str:
     """A traceback quotes what a server answered, and a server may repeat what it was sent."""
-    return re.sub(r"\b(hf_|Bearer )[A-Za-z0-9_]{8,}", r"\1…", text)
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "…")
+    text = re.sub(r"://[^/@\s]+@", "://…@", text)
+    return re.sub(r"\b(hf_|Bearer )[^\s'\"]{4,}", r"\1…", text)
 
 
 def show(data: str | Table) -> None:
@@ -135,7 +141,7 @@ def table(
 
     result = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i in right else "left", overflow="fold")
+        result.add_column(Text(_harmless(column)), justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         # Text, not str: what comes from files is never read as markup.
         result.add_row(*(Text(_harmless(cell)) for cell in row))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from unet_surgery.cli.check import Student
-from unet_surgery.cli.options import Compared, Quiet, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Compared, MaxHeader, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show
 
 __all__ = ["verify"]
 
 
 @command
-def verify(folder: Student, teacher: Compared = None, variant: Variant = None, quiet: Quiet = False) -> None:
+def verify(
+    folder: Student,
+    teacher: Compared = None,
+    variant: Variant = None,
+    max_header: MaxHeader = DEFAULT_MAX_HEADER,
+    quiet: Quiet = False,
+) -> None:
     """Check a student, then load it in diffusers and run it once. Needs torch.
 
     Fails when a tensor is missing, unexpected, misshaped, NaN or infinite, and names it.
@@ -20,7 +26,7 @@ def verify(folder: Student, teacher: Compared = None, variant: Variant = None, q
     from unet_surgery import verify as run
 
     with progress_bar("comparing", quiet) as progress:
-        report = run(folder, teacher, variant=variant, progress=progress)
+        report = run(folder, teacher, variant=variant, max_header=max_header, progress=progress)
     if not quiet:
         show(f"{folder}: as planned, {report.check.num_tensors} tensors, all finite")
         shape = " x ".join(map(str, report.output_shape))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.api import check, no_progress
 from unet_surgery.checkpoint.check import CheckReport
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.errors import VerificationError, first_few
 from unet_surgery.lower import CONTEXT_TOKENS
 from unet_surgery.runtime.load import load_unet
@@ -34,6 +35,7 @@ def verify(
     teacher: str | Path | None = None,
     *,
     variant: str | None = None,
+    max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
 ) -> VerifyReport:
     """Check a student, load it in diffusers (nothing missing, nothing unexpected), and run it once.
@@ -42,7 +44,7 @@ def verify(
         VerificationError: a check fails, a weight is NaN or infinite (names the tensors), or the output is.
         MissingExtraError: torch or diffusers is not installed.
     """
-    report = check(folder, teacher, variant=variant, progress=progress)
+    report = check(folder, teacher, variant=variant, max_header=max_header, progress=progress)
     unet = load_unet(folder)
     import diffusers
     import torch
