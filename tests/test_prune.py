@@ -443,6 +443,22 @@ def test_a_component_that_changes_after_it_was_looked_at(tiny: Path, tmp_path: P
     assert "out" not in entries(tmp_path)
 
 
+@pytest.mark.parametrize("name", [f"unet/{WEIGHTS}", "README.md", "vae/config.json"])
+def test_force_keeps_a_student_that_was_trained_or_edited(tiny: Path, tmp_path: Path, name: str) -> None:
+    out = unet_surgery.prune("bk_base", tiny, tmp_path / "out").folder
+    later = time.time() + 60
+    os.utime(out / name, (later, later))
+    with pytest.raises(OutputError, match="changed since prune wrote them") as caught:
+        unet_surgery.prune("bk_tiny", tiny, out, force=True)
+    assert name in str(caught.value)
+
+
+def test_more_shards_than_can_be_read_back(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="too many to be read back"):
+        unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", max_shard_size=1)
+    assert entries(tmp_path) == []
+
+
 def test_force_takes_an_empty_folder(teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     unet_surgery.check(unet_surgery.prune("bk_tiny", teacher, tmp_path / "out", force=True).folder, teacher)

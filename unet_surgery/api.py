@@ -11,7 +11,7 @@ from pathlib import Path
 
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student
-from unet_surgery.checkpoint.disk import Progress, write_file
+from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
@@ -24,6 +24,7 @@ from unet_surgery.errors import (
     InexpressibleError,
     OutputError,
     SurgeryError,
+    TeacherError,
     UsageError,
     printable,
 )
@@ -263,7 +264,7 @@ def copy_recipe(name: str, file: Path) -> None:
     """
     text = builtin_text(name)
     try:
-        write_file(file, text.encode())
+        replace_file(file, text.encode())
     except FileExistsError:
         raise OutputError("the file exists", where=str(file), hint="choose another name") from None
     except OSError as error:
@@ -321,14 +322,19 @@ def _open(
 ) -> TeacherFolder:
     if teacher_id is not None and not is_hub_id(teacher_id):
         raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
-    return open_teacher(
-        found.folder,
-        variant=found.variant,
-        exact=found.exact,
-        config_only=config_only,
-        teacher_id=teacher_id or found.teacher_id,
-        max_header_bytes=parse_size(max_header),
-    )
+    try:
+        return open_teacher(
+            found.folder,
+            variant=found.variant,
+            exact=found.exact,
+            config_only=config_only,
+            teacher_id=teacher_id or found.teacher_id,
+            max_header_bytes=parse_size(max_header),
+        )
+    except OSError as error:
+        raise TeacherError(
+            "the teacher cannot be read", where=str(error.filename or found.folder), found=error.strerror
+        ) from error
 
 
 def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:

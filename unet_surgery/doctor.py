@@ -240,22 +240,33 @@ def _places() -> Iterator[Place]:
     from huggingface_hub import constants
 
     for purpose, path in (
-        ("students, by default", Path.cwd()),
+        ("students, by default", _current_folder()),
         ("built-in teachers, UNET_SURGERY_CACHE", cache_folder()),
         ("the Hub's cache, HF_HOME", Path(constants.HF_HUB_CACHE)),
     ):
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        there = next(p for p in (path, *path.parents, Path("/")) if p.exists())
         yield Place(purpose, str(path), os.access(there, os.W_OK | os.X_OK), disk.free_bytes(there))
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # removed under the shell
+        return Path(os.environ.get("PWD", "/"))
 
 
 def _hub() -> dict[str, str]:
     """Return how the Hub would be reached. Whether there is a token is said; the token never is."""
     from huggingface_hub import constants, get_token
 
+    try:
+        token = get_token() is not None
+    except OSError:  # HF_HOME is no folder; the table of folders says so
+        token = False
     endpoint = constants.ENDPOINT
     host = endpoint.rpartition("@")[2] if "@" in endpoint else endpoint.partition("://")[2]
     return {
         "endpoint": printable(host),
         "offline": "yes (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no",
-        "token": "there is one" if get_token() else "none: private and gated models need hf auth login",
+        "token": "there is one" if token else "none: private and gated models need hf auth login",
     }

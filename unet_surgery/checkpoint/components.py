@@ -100,7 +100,10 @@ def read_components(
         if not folder.is_dir():
             raise _incomplete(root / INDEX, f"a folder {name}/")
         check_inside(root, folder)
-        files = component_files([path.name for path in _regular_files(root, folder)], variant)
+        try:
+            files = component_files([path.name for path in _regular_files(root, folder)], variant)
+        except PermissionError as error:
+            raise _incomplete(folder, "a folder that can be read", error.strerror) from error
         stamps = {file: _stamp(folder / file) for file in files}
         component = Component(name, folder, files, kind, stamps)
         _check_complete(folder, files.values(), kind)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,12 @@ def _top_level(text: str) -> dict[str, str]:
     Cards hold dates, anchors and whatever else people write, so this is no place to be strict; but nothing in them is
     ever built, and their number is bounded.
     """
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     found: dict[str, str] = {}
     depth, key = 0, None
     values: list[str] = []
-    for number, event in enumerate(yaml.parse(text, Loader=loader)):
-        if number > MAX_EVENTS:
-            raise ValueError("too many values")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError("YAML tags")
+    for event in _events(text):
+        if isinstance(event, yaml.SequenceStartEvent) and depth == 0:
+            return {}  # a list is no metadata
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -164,6 +161,16 @@ def _top_level(text: str) -> dict[str, str]:
         elif isinstance(event, yaml.ScalarEvent) and depth == 2:
             values.append(event.value)
     return found
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for number, event in enumerate(yaml.parse(text, Loader=loader)):
+        if number > MAX_EVENTS:
+            raise ValueError("too many values")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError("YAML tags")
+        yield event
 
 
 def _files(root: Path) -> dict[str, str]:

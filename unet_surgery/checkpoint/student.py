@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, PLAN, RECIPE = "config.json", "plan.json", "recipe.yaml"
 SPARE_BYTES = 4 << 20
+SLACK_SECONDS = 2.0  # of a copy's times, and of file systems that count in even seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,8 @@ def write_student(
     files = dict(_component_files(components, mended))
     facts = CardFacts(options.version, pipeline, licence, _again(plan, teacher, options), _mended_names(mended))
     texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
-    texts |= {RECIPE: recipe_yaml.encode(), PLAN: plan.to_json().encode()}
-    texts |= {CARD: write_card(plan, facts).encode("utf-8"), PICTURE: draw(plan).encode("utf-8")}
+    texts |= {RECIPE: recipe_yaml.encode(), CARD: write_card(plan, facts).encode("utf-8")}
+    texts |= {PICTURE: draw(plan).encode("utf-8"), PLAN: plan.to_json().encode()}  # the plan last: _check_untouched
     total = plan.student_bytes + sum(_size(content) for content in files.values() if not _links(content, options))
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
@@ -177,6 +178,24 @@ def _check_replaceable(folder: Path) -> None:
             where=str(folder),
             found=first_few(added),
             hint="move them away, or choose another --out",
+        )
+    _check_untouched(folder)
+
+
+def _check_untouched(folder: Path) -> None:
+    """A student that was trained in place, or whose card was edited, is the user's: plan.json is written last."""
+    written = (folder / PLAN).stat().st_mtime
+    changed = [
+        path.relative_to(folder).as_posix()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.stat().st_mtime > written + SLACK_SECONDS
+    ]
+    if changed:
+        raise OutputError(
+            "--force would delete files that were changed since prune wrote them",
+            where=str(folder),
+            found=first_few(changed),
+            hint="move it away, or choose another --out",
         )
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.header import DTYPE_BITS, DTYPE_ORDER, encode_header
 from unet_surgery.checkpoint.layout import UNET_BASE
-from unet_surgery.checkpoint.reader import OpenFile, Weights
-from unet_surgery.errors import SurgeryError, TeacherError
+from unet_surgery.checkpoint.reader import MAX_SHARDS, OpenFile, Weights
+from unet_surgery.errors import SurgeryError, TeacherError, UsageError
 from unet_surgery.lower import SurgeryPlan, replaced_tensor
 
 __all__ = ["DEFAULT_SHARD_BYTES", "StudentTensor", "student_tensors", "write_weights"]
@@ -66,6 +66,13 @@ def write_weights(
         OSError: the disk refuses; the caller's staging folder takes care of what is there.
     """
     shards = _shards(student_tensors(plan, weights), max_shard_bytes)
+    if len(shards) > MAX_SHARDS:
+        raise UsageError(
+            "the shards would be too many to be read back",
+            expected=f"at most {MAX_SHARDS}",
+            found=str(len(shards)),
+            hint="a larger --max-shard-size",
+        )
     if len(shards) == 1:
         _write_file(folder / f"{UNET_BASE}.safetensors", shards[0], weights, on_bytes)
         return

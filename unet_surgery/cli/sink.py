@@ -78,6 +78,8 @@ def _prepare() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_Talk()])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_terminate)
+    if sys.stdout is None:  # closed by who called; what is written to files still is
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?" in its place

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.reader import open_weights
-from unet_surgery.errors import MissingExtraError, VerificationError
+from unet_surgery.errors import MissingExtraError, VerificationError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,11 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
     try:
         import torch  # noqa: F401  # diffusers imports without it, and then has no models
         from diffusers import UNet2DConditionModel
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # diffusers wraps what its imports raise
         raise MissingExtraError(
-            "torch and diffusers are needed for this",
-            found=str(error),
-            hint="pip install 'unet-surgery[torch]'",
+            "torch and diffusers are needed for this, and do not import",
+            found=printable(str(error).replace("\n", " ")),
+            hint="unet-surgery doctor says why; where they are missing: pip install 'unet-surgery[torch]'",
         ) from error
     path = unet_folder(Path(folder))
     try:
