@@ -185,15 +185,18 @@ def _check_derived(plan: SurgeryPlan, folder: Path) -> None:
     try:
         config = parse_config(plan.teacher_config)
         left = remove(build(config), plan.removed)
-        same = weight_map(left) == plan.weights and lower_config(config.raw, left) == plan.student_config
+        sources, student_config = weight_map(left), lower_config(config.raw, left)
     except (SurgeryError, KeyError, IndexError) as error:
         raise VerificationError(
             "what the plan removes cannot be removed", where=str(folder / PLAN), found=printable(str(error))
         ) from error
-    if not same:
+    names = sources.keys() | plan.weights.keys()
+    wrong = sorted(name for name in names if sources.get(name, "") != plan.weights.get(name, ""))
+    if wrong or student_config != plan.student_config:
         raise VerificationError(
             "the plan's config or weight map does not follow from what it removes",
             where=str(folder / PLAN),
+            found=f"{len(wrong)} tensors of another source: {first_few(wrong)}" if wrong else "another config",
             hint="prune again",
         )
 
