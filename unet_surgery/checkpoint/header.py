@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 8 << 20  # SD 1's header has 84 KB
 LARGEST_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 MAX_TENSOR_NAME = 512
 MAX_VALUES = 1 << 60
-MAX_CONTAINERS = 150_000  # in a header of MAX_HEADER_BYTES: 50,000 tensors
+MAX_CONTAINERS = 90_000  # in a header of MAX_HEADER_BYTES: 30,000 tensors
 MAX_COMMAS = 1_000_000
 TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 
