@@ -17,7 +17,7 @@ from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.student import StudentOptions, write_student
 from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
-from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES
 from unet_surgery.errors import (
     ConfigError,
     FamilyError,
@@ -45,7 +45,6 @@ from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_f
 from unet_surgery.version import __version__
 
 __all__ = [
-    "DTYPES",
     "ModelReport",
     "PruneResult",
     "check",
@@ -58,7 +57,6 @@ __all__ = [
     "prune",
 ]
 
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

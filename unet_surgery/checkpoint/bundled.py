@@ -21,7 +21,7 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE
 from unet_surgery.checkpoint.licence import CARD
 from unet_surgery.checkpoint.staging import Staging
-from unet_surgery.checkpoint.writer import METADATA
+from unet_surgery.checkpoint.tensorfile import METADATA
 from unet_surgery.errors import OutputError
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import shapes_of

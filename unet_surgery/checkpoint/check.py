@@ -264,13 +264,14 @@ def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolde
 
 def _compare(plan: SurgeryPlan, weights: Weights, originals: Weights, unet: Path, progress: disk.Progress) -> int:
     """Compare every copied tensor with the teacher's, converted where the plan converts; return bytes compared."""
-    tensors = [t for t in student_tensors(plan, originals) if t.source is not None]
+    tensors = [t for t in student_tensors(plan, originals) if t.content is not None]
     total = sum(t.num_bytes for t in tensors)
     done = 0
     bad = []
     for tensor in tensors:
-        assert tensor.source is not None
-        if weights.info(tensor.name).dtype != tensor.dtype or not _same(weights, tensor.name, originals, tensor.source):
+        source = plan.weights[tensor.name]
+        assert source is not None
+        if weights.info(tensor.name).dtype != tensor.dtype or not _same(weights, tensor.name, originals, source):
             bad.append(tensor.name)
         done += tensor.num_bytes
         progress(done, total)
@@ -291,7 +292,7 @@ def _same(weights: Weights, name: str, originals: Weights, source: str) -> bool:
 
 
 def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    file, info = weights.locate(name)
+    file, info, _ = weights.locate(name)
     for start in range(0, info.num_bytes, size):
         yield os.pread(file.fd, min(size, info.num_bytes - start), info.offset + start)
 

@@ -242,8 +242,10 @@ def remove_folder(path: Path) -> None:
     _again(os.rmdir, path)
 
 
-def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
-    """Write a small file that is there whole or not at all, by way of a locked sibling ``.NAME.unet-surgery``.
+def replace_file(path: Path, content: bytes | Callable[[int], None], *, force: bool = False) -> None:
+    """Write a file that is there whole or not at all, by way of a locked sibling ``.NAME.unet-surgery``.
+
+    ``content`` is what the file holds, or a function that writes it to the descriptor it is given.
 
     What a dead run left of that name is written over. With ``force`` an existing file, or the link to one, is replaced.
 
@@ -256,7 +258,10 @@ def replace_file(path: Path, data: bytes, *, force: bool = False) -> None:
     try:
         try:
             _again(os.ftruncate, fd, 0)
-            write(fd, data)
+            if isinstance(content, bytes):
+                write(fd, content)
+            else:
+                content(fd)
             fsync(fd)
             if force:
                 _rename(staged, path, lambda: os.replace(staged, path))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header
 from unet_surgery.checkpoint.jsonfile import kind_of, read_object
@@ -15,7 +16,7 @@ from unet_surgery.checkpoint.layout import WeightsChoice
 from unet_surgery.errors import ContainerError, TeacherError, printable
 from unet_surgery.lower import StoredFile, StoredWeights
 
-__all__ = ["OpenFile", "Weights", "open_weights"]
+__all__ = ["Located", "OpenFile", "Weights", "open_weights"]
 
 MAX_SHARDS = 256  # all of them are open at once
 
@@ -36,12 +37,20 @@ class OpenFile:
             raise TeacherError("the teacher changed while it was read", where=str(self.path), hint="run again")
 
 
+class Located(NamedTuple):
+    """A tensor of an open file: the file, the tensor's place in it, and its name there."""
+
+    file: OpenFile
+    info: TensorInfo
+    name: str
+
+
 class Weights:
     """The tensors of one component. A context manager: files stay open until it is left."""
 
     def __init__(self, files: list[OpenFile]) -> None:
         self.files = files
-        self._where: dict[str, tuple[OpenFile, TensorInfo]] = {}
+        self._where: dict[str, Located] = {}
         for file in files:
             for name, info in file.header.tensors.items():
                 if name in self._where:
@@ -49,9 +58,9 @@ class Weights:
                     raise ContainerError(
                         "a tensor stands in two shards",
                         where=f"{file.path}, tensor {printable(name)}",
-                        found=f"also in {self._where[name][0].path.name}",
+                        found=f"also in {self._where[name].file.path.name}",
                     )
-                self._where[name] = (file, info)
+                self._where[name] = Located(file, info, name)
 
     def close(self) -> None:
         """Close the files; nothing can be read any more."""
@@ -76,25 +85,25 @@ class Weights:
         return len(self._where)
 
     def info(self, name: str) -> TensorInfo:
-        return self._where[name][1]
+        return self._where[name].info
 
-    def locate(self, name: str) -> tuple[OpenFile, TensorInfo]:
-        """Return the file that holds a tensor, and the tensor's place in it."""
+    def locate(self, name: str) -> Located:
+        """Return where a tensor lies."""
         return self._where[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, (_, info) in self._where.items()}
+        return {name: located.info.shape for name, located in self._where.items()}
 
     def dtypes(self) -> dict[str, str]:
-        return {name: info.dtype for name, (_, info) in self._where.items()}
+        return {name: located.info.dtype for name, located in self._where.items()}
 
     def tensor_bytes(self) -> dict[str, int]:
-        return {name: info.num_bytes for name, (_, info) in self._where.items()}
+        return {name: located.info.num_bytes for name, located in self._where.items()}
 
     def stored(self) -> StoredWeights:
         """Return what identifies these weights: files, sizes, header digests, and the number of tensors by dtype."""
         dtypes: dict[str, int] = {}
-        for _, info in self._where.values():
+        for _, info, _ in self._where.values():
             dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
         files = tuple(StoredFile(f.path.name, f.header.file_bytes, f.header.sha256) for f in self.files)
         return StoredWeights(files, dict(sorted(dtypes.items())))
@@ -170,7 +179,7 @@ def _open(path: Path, max_header_bytes: int) -> OpenFile:
 
 def _check_index(weights: Weights, weight_map: Mapping[str, str], index_path: Path) -> None:
     for name, shard in weight_map.items():
-        found = weights.locate(name)[0].path.name if name in weights else "no shard"
+        found = weights.locate(name).file.path.name if name in weights else "no shard"
         if found != shard:
             raise ContainerError(
                 "the index and the shards disagree",
@@ -183,7 +192,7 @@ def _check_index(weights: Weights, weight_map: Mapping[str, str], index_path: Pa
         if name not in weight_map:
             raise ContainerError(
                 "a shard holds a tensor that the index does not list",
-                where=f"{weights.locate(name)[0].path}, tensor {printable(name)}",
+                where=f"{weights.locate(name).file.path}, tensor {printable(name)}",
                 expected=f"every tensor in {index_path.name}",
                 hint="download index and shards again",
             )

@@ -19,7 +19,7 @@ from unet_surgery.checkpoint.normalize import Content, Mending, mendings
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.teacher import TeacherFolder
-from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, write_weights
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, write_weights
 from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_few
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 from unet_surgery.picture import draw
@@ -132,7 +132,7 @@ def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -
     if teacher.variant is not None:
         words += ["--variant", teacher.variant]
     if plan.dtype is not None:
-        words += ["--dtype", {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[plan.dtype]]
+        words += ["--dtype", next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)]
     if options.unet_only:
         words.append("--unet-only")
     if options.max_shard_bytes != DEFAULT_SHARD_BYTES:
