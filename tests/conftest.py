@@ -30,9 +30,9 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The whole small pipeline of ``--teacher tiny-random``."""
-    from unet_surgery.hub import resolve_teacher
+    from unet_surgery.hub import fetch_teacher, resolve_teacher
 
-    return resolve_teacher("tiny-random", weights=True, progress=lambda done, total: None).folder
+    return fetch_teacher(resolve_teacher("tiny-random"), progress=lambda done, total: None).folder
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,27 @@
 """The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
-``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
+``org/name[/folder][@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
-from unet_surgery.checkpoint.check import CheckReport, check_student
+from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
-from unet_surgery.checkpoint.student import StudentOptions, write_student
+from unet_surgery.checkpoint.student import StudentOptions, check_output, write_student
 from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
-from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES
+from unet_surgery.checkpoint.tensorfile import source_ranges
+from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, student_tensors
 from unet_surgery.errors import (
     ConfigError,
     FamilyError,
@@ -30,7 +34,8 @@ from unet_surgery.errors import (
 )
 from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_of, parse_config
 from unet_surgery.graph.family import describe
-from unet_surgery.hub import ResolvedTeacher, resolve_teacher
+from unet_surgery.hub import ResolvedTeacher, Transfer, fetch_teacher, resolve_teacher
+from unet_surgery.hub.transport import NoRangesError
 from unet_surgery.lower import (
     NodeReport,
     StoredWeights,
@@ -57,6 +62,8 @@ __all__ = [
     "prune",
 ]
 
+log = logging.getLogger(__name__)
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -76,11 +83,15 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """A finished student: its folder, its plan, and whether it is a pipeline or a U-Net alone."""
+    """A finished student: its folder, its plan, whether it is a pipeline or a U-Net alone, and what came over the wire.
+
+    ``transfer`` is None for a teacher that is not of the Hub.
+    """
 
     folder: Path
     plan: SurgeryPlan
     is_pipeline: bool
+    transfer: Transfer | None = None
 
 
 def no_progress(_done: int, _total: int) -> None:
@@ -98,12 +109,11 @@ def inspect_model(
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
-    found = resolve_teacher(str(teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found, max_header=max_header)
+    opened = _open(resolve_teacher(_named(teacher), variant=variant), max_header=max_header)
     config, graph = _graph(opened)
     stored = None
-    if opened.weights is not None:
-        with opened.open_weights() as weights:
+    with _header(opened) as weights:
+        if weights is not None:
             _check_fit(graph, weights, opened)
             stored = weights.stored()
     return ModelReport(
@@ -136,11 +146,9 @@ def plan(
         TeacherError, HubError: as :func:`inspect_model`.
     """
     chosen = _recipe(recipe)
-    found = resolve_teacher(_teacher_of(chosen, teacher), weights=False, variant=variant, progress=no_progress)
+    found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
     opened = _open(found, teacher_id, max_header=max_header)
-    if opened.weights is None:
-        return _plan(chosen, opened, None, dtype)
-    with opened.open_weights() as weights:
+    with _header(opened) as weights:
         return _plan(chosen, opened, weights, dtype)
 
 
@@ -150,10 +158,16 @@ def plan_whole(teacher: str | Path, *, variant: str | None = None) -> SurgeryPla
     Raises:
         TeacherError, HubError: as :func:`inspect_model`.
     """
-    found = resolve_teacher(_named(teacher), weights=False, variant=variant, progress=no_progress)
-    opened = _open(found, config_only=True)
+    opened = _open(resolve_teacher(_named(teacher), variant=variant), config_only=True)
     config, graph = _graph(opened)
-    return make_plan(config, Selection({}), recipe={}, teacher_id=opened.teacher_id, teacher=graph)
+    return make_plan(
+        config,
+        Selection({}),
+        recipe={},
+        teacher_id=opened.teacher_id,
+        teacher_commit=opened.commit,
+        teacher=graph,
+    )
 
 
 def prune(
@@ -171,6 +185,7 @@ def prune(
     license: str | None = None,  # noqa: A002  # the Hub's word, as in every card
     teacher_id: str | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
+    full: bool = False,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
@@ -180,6 +195,9 @@ def prune(
     pipeline gives a pipeline. ``link`` hard-links the copied components, ``normalize`` mends what older libraries
     cannot read of them. ``license`` names the teacher's licence where its card does not. ``progress`` gets bytes done
     and in all.
+
+    Of a teacher on the Hub only the bytes that the student keeps are fetched, unless the Hub cache holds the file or
+    ``full`` asks for the whole of it, which is then compared with its checksum.
 
     Raises:
         RecipeError, TeacherError, HubError: as :func:`plan`.
@@ -197,15 +215,25 @@ def prune(
         normalize=normalize,
         license=license,
     )
-    named = _teacher_of(chosen, teacher)
-    _refuse_early(chosen, named, variant, dtype, teacher_id)
-    found = resolve_teacher(named, weights=True, variant=variant, unet_only=unet_only, progress=progress)
-    opened = _open(found, teacher_id, max_header=max_header)
+    found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
+    # What is wrong with recipe, config or header is found before gigabytes are made or fetched.
+    early = _open(found, teacher_id, max_header=max_header, config_only=found.remote is None)
+    with _header(early) as weights:
+        decided = _plan(chosen, early, weights, dtype)
+        by_range = weights is not None
     target = Path(f"{found.name}-{chosen.name}" if out is None else out)
+    if found.hub is not None:
+        check_output(target, early, options, decided.student_bytes)
+    found = fetch_teacher(found, unet_only=unet_only, full=full or not by_range, progress=progress)
+    opened = _open(found, teacher_id, max_header=max_header)
+    transfer = found.transfer
+    if found.remote is not None:
+        transfer = _fetch_kept(found, opened, decided, progress)
+        options = replace(options, compared=False)
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
         write_student(decided, opened, weights, chosen.to_yaml(), target, options, progress)
-    return PruneResult(target, decided, opened.is_pipeline and not unet_only)
+    return PruneResult(target, decided, opened.is_pipeline and not unet_only, transfer)
 
 
 def check(
@@ -224,8 +252,10 @@ def check(
     """
     opened = None
     if teacher is not None:
-        found = resolve_teacher(str(teacher), weights=True, variant=variant, progress=progress)
+        found = fetch_teacher(resolve_teacher(_named(teacher), variant=variant), progress=progress)
         opened = _open(found, max_header=max_header)
+        if found.remote is not None:
+            _fetch_kept(found, opened, read_plan(Path(folder)), progress)
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
@@ -328,6 +358,9 @@ def _open(
             config_only=config_only,
             teacher_id=teacher_id or found.teacher_id,
             max_header_bytes=parse_size(max_header),
+            weights=found.remote,
+            commit=found.commit,
+            address=found.address,
         )
     except OSError as error:
         raise TeacherError(
@@ -350,10 +383,38 @@ def _check_fit(graph: UNetGraph, weights: Weights, teacher: TeacherFolder) -> No
     check_dtypes(weights.dtypes(), where=str(teacher.unet))
 
 
-def _refuse_early(recipe: Recipe, teacher: str, variant: str | None, dtype: str | None, teacher_id: str | None) -> None:
-    """Find what is wrong with the recipe before gigabytes are made or fetched; the real plan reads the header too."""
-    found = resolve_teacher(teacher, weights=False, variant=variant, progress=no_progress)
-    _plan(recipe, _open(found, teacher_id, config_only=True), None, dtype)
+@contextmanager
+def _header(teacher: TeacherFolder) -> Iterator[Weights | None]:
+    """Open the weights to read their header; None where there are none, or a server would only send them whole."""
+    if teacher.weights is None:
+        yield None
+        return
+    try:
+        weights = teacher.open_weights()
+    except NoRangesError:
+        log.info("the Hub sends whole files only: planning by the config alone")
+        yield None
+        return
+    with weights:
+        yield weights
+
+
+def _fetch_kept(found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPlan, progress: Progress) -> Transfer:
+    """Fetch the bytes of the teacher's weights that the student of ``plan`` keeps."""
+    assert found.remote is not None
+    with teacher.open_weights() as weights:
+        if any(source is not None and source not in weights for source in plan.weights.values()):
+            return found.transfer or Transfer()  # another teacher's: who compares the two says so
+        wanted = source_ranges(student_tensors(plan, weights))
+    total, done = found.remote.missing(wanted), 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    before = 0 if found.transfer is None else found.transfer.file_bytes
+    return Transfer(before, found.remote.fetch(wanted, on_bytes), found.remote.num_bytes, by_range=True)
 
 
 def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype: str | None) -> SurgeryPlan:
@@ -379,6 +440,7 @@ def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype
             selection,
             recipe=recipe.to_data(),
             teacher_id=teacher.teacher_id,
+            teacher_commit=teacher.commit,
             allow_skip_change=recipe.allow_skip_change,
             weights=None if weights is None else weights.stored(),
             tensor_bytes=None if weights is None else weights.tensor_bytes(),

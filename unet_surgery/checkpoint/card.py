@@ -28,7 +28,8 @@ _URL = re.compile(r"https://[A-Za-z0-9][\w./~%+-]*")
 class CardFacts:
     """What the card says besides the plan: version of this package, kind of folder, licence, options of the run.
 
-    ``options`` are those that, with recipe and teacher, make the same files again.
+    ``options`` are those that, with recipe and teacher, make the same files again; ``address`` is how to name that
+    teacher where its id does not say all. Without ``compared`` the card says that only parts of its file were fetched.
     """
 
     version: str
@@ -36,6 +37,8 @@ class CardFacts:
     licence: Licence
     options: tuple[str, ...] = ()
     normalized: tuple[str, ...] = ()
+    address: str | None = None
+    compared: bool = True
 
 
 def write_card(plan: SurgeryPlan, facts: CardFacts) -> str:
@@ -180,7 +183,7 @@ image = pipeline("a small red house by a lake").images[0]
 
 
 def _rebuild(plan: SurgeryPlan, facts: CardFacts) -> str:
-    teacher = plan.teacher_id if plan.teacher_id != LOCAL else "path/to/the/teacher"
+    teacher = facts.address or (plan.teacher_id if plan.teacher_id != LOCAL else "path/to/the/teacher")
     words = ["unet-surgery", "prune", "--recipe", "recipe.yaml", "--teacher", teacher, *facts.options]
     text = _fenced("console", f"$ {shlex.join(words)}\n")
     text += f"\nWith unet-surgery {facts.version} and the same teacher this writes the same bytes."
@@ -191,6 +194,11 @@ def _rebuild(plan: SurgeryPlan, facts: CardFacts) -> str:
             if "`" not in file.name
         )
         text += f" The teacher's weights were read from:\n\n{files}"
+    if not facts.compared:
+        text += (
+            "\n\nOnly the parts that the student keeps were fetched from the Hub, so the whole file could not be "
+            "compared with its checksum there; `prune --full` does that."
+        )
     return text
 
 

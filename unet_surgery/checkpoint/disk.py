@@ -28,13 +28,16 @@ __all__ = [
     "hard_link",
     "make_folder",
     "make_folders",
+    "open_for_update",
     "remove_file",
     "remove_folder",
     "remove_tree",
     "rename_new",
     "replace_file",
     "start_writeback",
+    "truncate",
     "write",
+    "write_at",
     "write_file",
 ]
 
@@ -82,6 +85,26 @@ def _again(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 def create(path: Path) -> int:
     """Create ``path``, which must not exist, and return a descriptor open for writing."""
     return _again(os.open, path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+
+
+def open_for_update(path: Path) -> int:
+    """Return a descriptor of ``path`` open for reading and writing; an empty file is made where there is none."""
+    return _again(os.open, path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def truncate(fd: int, num_bytes: int) -> None:
+    """Give a file this size; what is added to it is a hole, read as zeros."""
+    _again(os.ftruncate, fd, num_bytes)
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of ``data`` at ``offset``, wherever the descriptor stands."""
+    view = memoryview(data)
+    while view:
+        count = _again(os.pwrite, fd, view, offset)
+        if count == 0:
+            raise OSError(errno.EIO, "the disk takes no more bytes, and does not say why")
+        view, offset = view[count:], offset + count
 
 
 def write(fd: int, data: bytes | memoryview) -> None:
@@ -257,7 +280,7 @@ def replace_file(path: Path, content: bytes | Callable[[int], None], *, force: b
     fd = _open_alone(staged)
     try:
         try:
-            _again(os.ftruncate, fd, 0)
+            truncate(fd, 0)
             if isinstance(content, bytes):
                 write(fd, content)
             else:

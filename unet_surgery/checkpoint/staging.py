@@ -51,7 +51,7 @@ class Staging:
     def __enter__(self) -> Staging:
         try:
             self._interrupts.attach()
-            self._refuse_early()
+            self.refuse_early()
             self._interrupts.hold()  # until the lock is held, nobody could tell whose folder it is
             self._make_folder()
             self._recover_aside()
@@ -144,8 +144,11 @@ class Staging:
             disk.remove_tree(self._aside)
         self._is_aside = False
 
-    def _refuse_early(self) -> None:
-        """Refuse before anything is made; if another run's folders are there, what is seen may be about to change."""
+    def refuse_early(self) -> None:
+        """Refuse before anything is made, or fetched for minutes.
+
+        If another run's folders are there, what is seen may be about to change, and nothing is refused yet.
+        """
         try:
             self._check_target()
         except (OSError, SurgeryError):

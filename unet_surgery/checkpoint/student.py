@@ -24,7 +24,7 @@ from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_f
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 from unet_surgery.picture import draw
 
-__all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "config_text", "write_student"]
+__all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "check_output", "config_text", "write_student"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class StudentOptions:
     """How to write: the U-Net alone or the pipeline, shards, hard links for copied components, replacing.
 
     ``normalize`` mends old-layout faults of copied components; ``license`` names the teacher's where its card does not;
-    ``version`` is this package's, for the card.
+    ``version`` is this package's, for the card, which also says if the teacher's bytes were not ``compared`` with the
+    Hub's hash of them.
     """
 
     version: str
@@ -48,6 +49,7 @@ class StudentOptions:
     force: bool = False
     normalize: bool = False
     license: str | None = None
+    compared: bool = True
 
 
 def write_student(
@@ -72,7 +74,15 @@ def write_student(
     mended = faults if options.normalize else ()
     licence = find_licence(teacher.root, family=plan.family, given=options.license)
     files = dict(_component_files(components, mended))
-    facts = CardFacts(options.version, pipeline, licence, _again(plan, teacher, options), _mended_names(mended))
+    facts = CardFacts(
+        options.version,
+        pipeline,
+        licence,
+        _again(plan, teacher, options),
+        _mended_names(mended),
+        address=teacher.address,
+        compared=options.compared,
+    )
     texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
     texts |= {RECIPE: recipe_yaml.encode(), CARD: write_card(plan, facts).encode("utf-8")}
     texts |= {PICTURE: draw(plan).encode("utf-8"), PLAN: plan.to_json().encode()}  # the plan last: _check_untouched
@@ -108,6 +118,17 @@ def write_student(
         log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
     for fault in faults if not options.normalize else ():
         log.warning("%s was copied with a fault: %s; --normalize mends it", fault.component, fault.fault)
+
+
+def check_output(out: Path, teacher: TeacherFolder, options: StudentOptions, num_bytes: int) -> None:
+    """Refuse an output that cannot be, before anything is fetched for it: see :func:`write_student`.
+
+    Raises:
+        OutputError: ``out`` exists, is the teacher or inside it, or has no room for ``num_bytes``.
+    """
+    _check_apart(out, teacher)
+    Staging(out, replace=_check_replaceable if options.force else None).refuse_early()
+    _check_space(out, num_bytes)
 
 
 def _mended_names(mended: Sequence[Mending]) -> tuple[str, ...]:
@@ -291,7 +312,7 @@ def _check_apart(out: Path, teacher: TeacherFolder) -> None:
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
-    free = disk.free_bytes(folder)
+    free = disk.free_bytes(folder if folder.exists() else folder.absolute().parent)
     if free < num_bytes + SPARE_BYTES:
         raise OutputError(
             "there is not enough room on the disk",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from unet_surgery.checkpoint.components import INDEX, Component, read_components
 from unet_surgery.checkpoint.foreign import recognise_names
@@ -18,7 +18,7 @@ from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.errors import ContainerError, TeacherError, first_few
 
-__all__ = ["TeacherFolder", "is_hub_id", "open_teacher"]
+__all__ = ["TeacherFolder", "WeightsSource", "is_hub_id", "open_teacher"]
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +27,41 @@ MAX_CONFIG_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+class WeightsSource(Protocol):
+    """Weights that are not open yet, wherever they lie."""
+
+    def open(self, *, max_header_bytes: int) -> Weights:
+        """Open them, each header of at most ``max_header_bytes``; TeacherError if they are missing or damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWeights:
+    """Weights in a folder."""
+
+    folder: Path
+    choice: WeightsChoice
+
+    def open(self, *, max_header_bytes: int) -> Weights:
+        return open_weights(self.folder, self.choice, max_header_bytes=max_header_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherFolder:
-    """A teacher. ``weights`` is None where only config.json is there, which is enough to plan."""
+    """A teacher. ``weights`` is None where only config.json is there, which is enough to plan.
+
+    ``commit`` is the commit of the Hub's repository that it is of, ``address`` what one writes to mean the same again.
+    """
 
     root: Path
     unet: Path
     config: Mapping[str, Any]
-    weights: WeightsChoice | None
+    weights: WeightsSource | None
     variant: str | None
     is_pipeline: bool
     teacher_id: str
     max_header_bytes: int = MAX_HEADER_BYTES
+    commit: str | None = None
+    address: str | None = None
 
     def components(self) -> tuple[Component, ...]:
         """Return what model_index.json names besides the U-Net; nothing for a U-Net folder.
@@ -56,11 +79,11 @@ class TeacherFolder:
         Raises:
             TeacherError: there are none, or they are damaged.
         """
-        choice = self.weights
-        if choice is None:  # choosing says what is there instead
+        weights = self.weights
+        if weights is None:  # choosing says what is there instead
             names = os.listdir(self.unet)
-            choice = choose_weights(names, self.variant, where=str(self.unet), exact=True)
-        return open_weights(self.unet, choice, max_header_bytes=self.max_header_bytes)
+            weights = LocalWeights(self.unet, choose_weights(names, self.variant, where=str(self.unet), exact=True))
+        return weights.open(max_header_bytes=self.max_header_bytes)
 
 
 def is_hub_id(text: object) -> bool:
@@ -76,11 +99,15 @@ def open_teacher(
     config_only: bool = False,
     teacher_id: str | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
+    weights: WeightsSource | None = None,
+    commit: str | None = None,
+    address: str | None = None,
 ) -> TeacherFolder:
     """Describe the teacher at ``path``: a pipeline folder, a U-Net folder, or a folder with a U-Net in ``unet/``.
 
     ``exact`` takes no other weights than those of ``variant`` (of a Hub cache, which may hold any of them), and none
     where these are not there. ``config_only`` does not look for weights. ``max_header_bytes`` bounds each header.
+    ``weights`` are taken instead of those in the folder.
 
     Raises:
         TeacherError: nothing of the kind is there; says what is.
@@ -102,16 +129,8 @@ def open_teacher(
     if name is not None and not is_hub_id(name):
         del config["_name_or_path"]
         name = None
-    names = [p.name for p in unet.iterdir()]
-    weights = None
-    if not config_only and any(".safetensors" in n for n in names):
-        try:
-            weights = choose_weights(names, variant, where=str(unet), exact=exact)
-        except TeacherError:
-            if not exact:
-                raise
-        if weights is not None and weights.variant != variant:
-            log.info("the only weights there are of variant %s: taking these", weights.variant)
+    if weights is None and not config_only:
+        weights = _local_weights(unet, variant, exact=exact)
     return TeacherFolder(
         root=path,
         unet=unet,
@@ -121,7 +140,24 @@ def open_teacher(
         is_pipeline=is_pipeline,
         teacher_id=teacher_id or name or LOCAL,
         max_header_bytes=max_header_bytes,
+        commit=commit,
+        address=address,
     )
+
+
+def _local_weights(unet: Path, variant: str | None, *, exact: bool) -> LocalWeights | None:
+    names = [path.name for path in unet.iterdir()]
+    if not any(".safetensors" in name for name in names):
+        return None
+    try:
+        choice = choose_weights(names, variant, where=str(unet), exact=exact)
+    except TeacherError:
+        if not exact:
+            raise
+        return None
+    if choice.variant != variant:
+        log.info("the only weights there are of variant %s: taking these", choice.variant)
+    return LocalWeights(unet, choice)
 
 
 def _not_a_folder(path: Path, max_header_bytes: int) -> TeacherError:

@@ -16,7 +16,7 @@ from unet_surgery.checkpoint.header import DTYPE_BITS, DTYPE_ORDER, encode_heade
 from unet_surgery.checkpoint.reader import Located, OpenFile
 from unet_surgery.errors import SurgeryError, TeacherError
 
-__all__ = ["METADATA", "OutTensor", "Transposed", "in_file_order", "write_tensors"]
+__all__ = ["METADATA", "OutTensor", "Transposed", "in_file_order", "source_ranges", "write_tensors"]
 
 CAST_CHUNK_BYTES = 4 << 20
 METADATA = {"format": "pt"}
@@ -51,6 +51,17 @@ class OutTensor:
 def in_file_order(tensors: Iterable[OutTensor]) -> list[OutTensor]:
     """Return the tensors in the order in which they are written."""
     return sorted(tensors, key=lambda t: (-DTYPE_ORDER[t.dtype], t.name))
+
+
+def source_ranges(tensors: Iterable[OutTensor]) -> dict[str, list[tuple[int, int]]]:
+    """Return file name → the bytes [begin, end) of it that the tensors' content is made of."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for tensor in tensors:
+        content = tensor.content
+        located = (content.matrix,) if isinstance(content, Transposed) else content
+        for file, info, _ in located if isinstance(located, tuple) else ():
+            ranges.setdefault(file.path.name, []).append((info.offset, info.offset + info.num_bytes))
+    return ranges
 
 
 def write_tensors(fd: int, tensors: Sequence[OutTensor], on_bytes: disk.OnBytes) -> None:

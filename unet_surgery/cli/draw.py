@@ -136,13 +136,12 @@ def _default_name(student: Path | None, recipe: str | None, teacher: str | None,
             return f"{student.stem}.svg"
         folder = student if student.is_dir() else student.parent
         return f"{os.path.basename(os.path.abspath(folder))}.svg"
-    from unet_surgery.api import no_progress
     from unet_surgery.hub import resolve_teacher
     from unet_surgery.recipe import load_recipe
 
     chosen = None if recipe is None else load_recipe(recipe)
     text = teacher or (chosen.teacher if chosen else None) or ""
-    found = resolve_teacher(text, weights=False, variant=variant, progress=no_progress)
+    found = resolve_teacher(text, variant=variant)
     return f"{found.name}-{chosen.name}.svg" if chosen else f"{found.name}.svg"
 
 

@@ -23,7 +23,7 @@ __all__ = [
 DEFAULT_MAX_HEADER = "8MiB"
 
 TEACHER_HELP = (
-    "A diffusers folder (pipeline or U-Net), a Hub id org/name\\[@revision], or a built-in name: "
+    "A diffusers folder (pipeline or U-Net), a Hub id org/name\\[/folder]\\[@revision], or a built-in name: "
     "tiny-random, sd-v1-random, …"
 )
 

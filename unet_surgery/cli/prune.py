@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from unet_surgery.cli.options import (
     Variant,
 )
 from unet_surgery.cli.sink import command, progress_bar, say, show
+
+if TYPE_CHECKING:
+    from unet_surgery.hub import Transfer
 
 __all__ = ["prune"]
 
@@ -48,6 +51,9 @@ def prune(
         typer.Option("--license", help="The teacher's licence, where its card names none: creativeml-openrail-m, …"),
     ] = None,
     teacher_id: TeacherId = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Of a Hub teacher, fetch whole files, and compare them with their checksums.")
+    ] = False,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     quiet: Quiet = False,
 ) -> None:
@@ -88,6 +94,7 @@ def prune(
             license=license_id,
             teacher_id=teacher_id,
             max_header=max_header,
+            full=full,
             progress=progress,
         )
     show(str(result.folder))
@@ -95,6 +102,8 @@ def prune(
         return
     plan, seconds = result.plan, time.perf_counter() - start
     before, after = plan.teacher, plan.student
+    if result.transfer is not None:
+        _say_transfer(result.transfer)
     kind = "pipeline" if result.is_pipeline else "U-Net"
     say(
         f"{plan.recipe['name']} of {teacher or plan.teacher_id}: a {kind} with {quantity(after.params)} parameters "
@@ -107,3 +116,13 @@ def prune(
     say(f"next:  unet-surgery check {student}{again}    every byte against the teacher's")
     say(f"       unet-surgery verify {student}    load and run it in diffusers (needs torch)")
     say("An untrained student draws broken pictures: distil it from its teacher before use.")
+
+
+def _say_transfer(transfer: Transfer) -> None:
+    from unet_surgery.cli.format import gigabytes
+
+    text = f"from the Hub: {gigabytes(transfer.num_bytes)} transferred"
+    if transfer.by_range:
+        text += f", {gigabytes(transfer.saved_bytes)} of the U-Net's weights never had to come"
+        text += "; parts of a file cannot be compared with its checksum, --full fetches and compares the whole"
+    say(text)

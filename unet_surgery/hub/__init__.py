@@ -1,5 +1,6 @@
 """Where teachers come from: a folder, a built-in name, or the Hugging Face Hub."""
 
-from unet_surgery.hub.resolve import ResolvedTeacher, cache_folder, resolve_teacher
+from unet_surgery.hub.cache import cache_folder
+from unet_surgery.hub.resolve import ResolvedTeacher, Transfer, fetch_teacher, resolve_teacher
 
-__all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
+__all__ = ["ResolvedTeacher", "Transfer", "cache_folder", "fetch_teacher", "resolve_teacher"]

@@ -1,171 +1,190 @@
-"""Fetching a teacher from the Hugging Face Hub into the ordinary Hub cache, only the files that are needed."""
+"""Fetching whole files of a repository into the ordinary Hub cache, and comparing each with the hash the Hub names.
+
+The client itself does not compare, so a file that it fetched earlier is looked at as well; what was found whole is
+remembered by its inode, size and time.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from unet_surgery.checkpoint.components import INDEX
-from unet_surgery.checkpoint.layout import choose_weights, component_files, shard_files
-from unet_surgery.checkpoint.licence import CARD, is_licence_file
-from unet_surgery.errors import HubError, OutputError, SurgeryError, TeacherError
+from unet_surgery.checkpoint import disk
+from unet_surgery.errors import HubError, OutputError, SurgeryError
+from unet_surgery.hub.cache import cache_folder
+from unet_surgery.hub.patience import patiently
+from unet_surgery.hub.refusals import is_refusal, refused
+from unet_surgery.hub.repository import RemoteFile, Repository
 
-__all__ = ["Download", "download", "needed_files"]
+__all__ = ["cached_file", "check_room", "download", "missing_bytes"]
 
 log = logging.getLogger(__name__)
 
-
-def needed_files(names: Sequence[str], *, weights: bool, variant: str | None, unet_only: bool, where: str) -> list[str]:
-    """Return which of a repository's files a surgery needs.
-
-    Raises:
-        TeacherError: the repository holds no U-Net with safetensors weights.
-    """
-    pipeline = INDEX in names
-    unet = "unet/" if pipeline or "unet/config.json" in names else ""
-    if f"{unet}config.json" not in names:
-        raise TeacherError("the repository holds no U-Net", where=where, expected="unet/config.json or config.json")
-    needed = [name for name in (INDEX, f"{unet}config.json") if name in names]
-    if not weights:
-        return needed
-    inside = [name.removeprefix(unet) for name in names if name.startswith(unet) and "/" not in name.removeprefix(unet)]
-    needed += [name for name in names if name == CARD or is_licence_file(name)]  # what the student's card carries on
-    choice = choose_weights(inside, variant, where=where)
-    needed.append(unet + choice.file)
-    if choice.sharded:
-        needed += [unet + name for name in shard_files(inside, choice)]
-    if pipeline and not unet_only:
-        folders = sorted({name.partition("/")[0] for name in names if name.count("/") == 1} - {"unet"})
-        for folder in folders:
-            files = [name.partition("/")[2] for name in names if name.startswith(folder + "/") and name.count("/") == 1]
-            needed += [f"{folder}/{name}" for name in component_files(files, variant)]
-    return needed
+SPARE_BYTES = 16 << 20
+ATTEMPTS = 2
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
-@dataclass(frozen=True, slots=True)
-class Download:
-    """A snapshot in the Hub cache, and which variant of the U-Net's weights was meant (the cache may hold others)."""
+def cached_file(repository: Repository, name: str) -> Path | None:
+    """Return the path of a file that the Hub cache holds of this commit, None if it does not."""
+    from huggingface_hub import try_to_load_from_cache
 
-    folder: Path
-    variant: str | None
+    found = try_to_load_from_cache(repository.id, name, revision=repository.commit)
+    return Path(found) if isinstance(found, str) else None
 
 
-def download(repository: str, revision: str | None, *, weights: bool, variant: str | None, unet_only: bool) -> Download:
-    """Return the local snapshot of ``repository``; files that the Hub cache holds already are not fetched again.
+def missing_bytes(repository: Repository, names: Sequence[str]) -> int:
+    """Return how many bytes of these files are not in the Hub cache."""
+    files = repository.files or {}
+    return sum(files[name].size for name in names if name in files and cached_file(repository, name) is None)
 
-    Where the Hub cannot be reached, what the cache holds is used if it is enough.
+
+def download(repository: Repository, names: Sequence[str]) -> Path:
+    """Return the folder of the Hub cache that holds the files ``names`` of ``repository``, fetched where they lack.
 
     Raises:
-        HubError: the Hub cannot be reached, breaks off, or refuses; says which, and what to do.
-        OutputError: the cache cannot be written.
-        TeacherError: the repository holds no U-Net with safetensors weights.
+        HubError: the Hub refuses or breaks off, or what it sends is not what it says it has.
+        OutputError: the cache cannot be written or has no room.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    if repository.files is None:
+        return _from_cache(repository, names)
+    _check_cache_room(repository, names)
+    for _ in range(ATTEMPTS):
+        folder = _snapshot(repository, names)
+        damaged = [name for name in names if not _is_whole(folder / name, repository.files[name])]
+        if not damaged:
+            return folder
+        for name in damaged:
+            log.warning("%s/%s is damaged in the cache: fetching it again", repository.id, name)
+            _remove(folder / name)
+    raise HubError(
+        "a file of the Hub arrives damaged",
+        where=f"{repository.id}/{damaged[0]}",
+        expected=f"content with the hash {repository.files[damaged[0]].identity}",
+        hint="run again later; if it stays so, tell the model's owner",
+    )
 
-    try:
-        info = HfApi().model_info(repository, revision=revision)
-    except HfHubHTTPError as error:
-        raise _refused(repository, revision, error) from error
-    except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
-        cached = _cached(repository, revision)
-        if cached is None:
-            raise _unreachable(repository, error) from error
-        log.warning("the Hub cannot be reached; using the cached copy of %s", repository)
-        if weights:
-            _check_cached(cached, repository, variant)
-        return Download(cached, variant)
-    names = [sibling.rfilename for sibling in info.siblings or ()]
-    files = needed_files(names, weights=weights, variant=variant, unet_only=unet_only, where=repository)
-    try:
-        # By the name the user gave, not by commit: only so does the cache remember what the name stood for.
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except HfHubHTTPError as error:
-        raise _refused(repository, revision, error) from error
-    except Exception as error:
-        raise _broken_off(repository, error) from error
-    missing = [name for name in files if not (folder / name).is_file()]
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse a transfer for which the cache's disk has no room.
+
+    Raises:
+        OutputError: it has not.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = disk.free_bytes(there)
+    if free < num_bytes + SPARE_BYTES:
+        raise OutputError(
+            "there is not enough room on the disk for the transfer",
+            where=str(folder),
+            expected=f"{num_bytes / 1e9:.2f} GB",
+            found=f"{free / 1e9:.2f} GB free",
+            hint="free some; HF_HOME and UNET_SURGERY_CACHE say where caches lie",
+        )
+
+
+def _check_cache_room(repository: Repository, names: Sequence[str]) -> None:
+    from huggingface_hub import constants
+
+    num_bytes = missing_bytes(repository, names)
+    if num_bytes:
+        check_room(Path(constants.HF_HUB_CACHE), num_bytes)
+
+
+def _from_cache(repository: Repository, names: Sequence[str]) -> Path:
+    found = {name: cached_file(repository, name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
     if missing:
-        raise HubError("the download is incomplete", where=f"{repository}/{missing[0]}", hint="run again: it resumes")
-    return Download(folder, _variant_of(names, variant, repository))
-
-
-def _variant_of(names: Sequence[str], variant: str | None, repository: str) -> str | None:
-    """Return the variant that the repository's own listing gives, whatever the cache holds."""
-    folder = "unet/" if "unet/config.json" in names else ""
-    inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-    try:
-        return choose_weights(inside, variant, where=repository).variant
-    except TeacherError:  # a plan needs no weights
-        return variant
-
-
-def _check_cached(folder: Path, repository: str, variant: str | None) -> None:
-    """Without the Hub's listing, nothing may stand in for the weights that were asked for."""
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    try:
-        choose_weights([path.name for path in unet.iterdir()], variant, where=repository, exact=True)
-    except TeacherError as error:
         raise HubError(
-            "the Hugging Face Hub cannot be reached, and its cache lacks these weights",
-            where=repository,
-            expected=f"variant {variant}" if variant else "the plain weights",
-            found=error.found,
-            hint="try again with a network, or name the variant that is cached",
+            "the Hugging Face Hub cannot be reached, and its cache lacks a file",
+            where=f"{repository.id}/{missing[0]}",
+            hint="try again with a network, or give a local folder",
+        )
+    name, path = next(iter(found.items()))
+    assert path is not None
+    return path.parents[name.count("/")]
+
+
+def _snapshot(repository: Repository, names: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    missing = [name for name in names if cached_file(repository, name) is None]
+    try:
+        if missing:
+            patiently(
+                lambda: snapshot_download(repository.id, revision=repository.commit, allow_patterns=_literal(missing))
+            )
+    except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
+        if is_refusal(error):
+            raise refused(repository.id, repository.commit, error) from error
+        raise _broken_off(repository.id, error) from error
+    return _from_cache(repository, names)
+
+
+def _literal(names: Sequence[str]) -> list[str]:
+    """Return the names as patterns that match nothing else."""
+    import glob
+
+    return [glob.escape(name) for name in names]
+
+
+def _is_whole(path: Path, file: RemoteFile) -> bool:
+    """Compare a file with the Hub's hash of it: sha256 of large ones, git's of the others."""
+    if file.identity is None:
+        return True
+    status = path.stat()
+    stamp = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}\n".encode()
+    note = cache_folder() / "hub" / "verified" / file.identity
+    try:
+        if note.read_bytes() == stamp:
+            return True
+    except OSError:
+        pass
+    if _digest(path, file, status.st_size) != file.identity:
+        return False
+    try:
+        disk.make_folders(note.parent)
+        disk.replace_file(note, stamp, force=True)
+    except OSError:
+        pass  # it will be compared again next time
+    return True
+
+
+def _digest(path: Path, file: RemoteFile, size: int) -> str:
+    """Return the file's own hash of the kind that the Hub names."""
+
+    def start() -> hashlib._Hash:
+        if file.sha256 is not None:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+    with path.open("rb") as data:
+        return hashlib.file_digest(data, start).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file from the Hub cache: its name in the snapshot, and its content among the blobs."""
+    blob = Path(os.path.realpath(path))
+    try:
+        disk.remove_file(path)
+        if blob != path and blob.parent.name == "blobs":
+            disk.remove_file(blob)
+    except OSError as error:
+        raise OutputError(
+            "a damaged file cannot be removed from the cache", where=str(path), found=error.strerror
         ) from error
 
 
 def _broken_off(repository: str, error: Exception) -> SurgeryError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         return OutputError("the Hub cache cannot be written", where=repository, found=error.strerror)
     return HubError(
         "the download from the Hugging Face Hub broke off",
         where=repository,
         found=type(error).__name__,
         hint="run again: it resumes",
-    )
-
-
-def _cached(repository: str, revision: str | None) -> Path | None:
-    """Return the cached snapshot that holds the U-Net's config, however much else it holds."""
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("unet/config.json", "config.json"):
-        found = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(found, str):
-            return Path(found).parents[name.count("/")]
-    return None
-
-
-def _refused(repository: str, revision: str | None, error: Exception) -> HubError:
-    name = type(error).__name__
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    shown = f"{repository}@{revision}" if revision else repository
-    if name == "GatedRepoError":
-        return HubError(
-            "the model is gated",
-            where=shown,
-            hint=f"accept its licence at huggingface.co/{repository}, then: hf auth login",
-        )
-    if name == "RevisionNotFoundError":
-        return HubError("the model has no such revision", where=shown, hint="leave @revision out for the main branch")
-    if name == "RepositoryNotFoundError":
-        return HubError(
-            "the Hub has no such model, or it is private",
-            where=shown,
-            hint="check the spelling; for a private model: hf auth login",
-        )
-    return HubError("the Hub refused the request", where=shown, found=f"HTTP {status}" if status else name)
-
-
-def _unreachable(repository: str, error: Exception) -> HubError:
-    return HubError(
-        "the Hugging Face Hub cannot be reached, and the model is not in its cache",
-        where=repository,
-        found=type(error).__name__,
-        hint="give a local folder, or a built-in teacher: --teacher sd-v1-random",
     )

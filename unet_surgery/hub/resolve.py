@@ -1,34 +1,62 @@
-"""``resolve_teacher``: from what the user wrote to a folder on this machine."""
+"""From what the user wrote to a folder on this machine: what a plan needs first, everything else when it is wanted."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
-from unet_surgery.hub.download import download
+from unet_surgery.hub.cache import cache_folder
+from unet_surgery.hub.remote import RemoteWeights
+from unet_surgery.hub.teacher import HubTeacher, find_hub_teacher
 
-__all__ = ["ResolvedTeacher", "cache_folder", "resolve_teacher"]
+__all__ = ["ResolvedTeacher", "Transfer", "fetch_teacher", "resolve_teacher"]
 
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 600.0
+_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
+_URL = re.compile(rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{_PART}/{_PART})(?:/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """What came from the Hub in this run: whole files, and ranges of weights of which the whole has ``weights_bytes``.
+
+    ``by_range`` says that the U-Net's weights were not fetched whole, now or earlier.
+    """
+
+    file_bytes: int = 0
+    range_bytes: int = 0
+    weights_bytes: int = 0
+    by_range: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file_bytes + self.range_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """How many bytes of the weights never had to come."""
+        return self.weights_bytes - self.range_bytes if self.by_range else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTeacher:
     """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders.
 
-    ``exact``: the folder may hold other variants than ``variant``, and only that one is meant.
+    ``exact``: the folder may hold other variants than ``variant``, and only that one is meant. ``remote`` are the
+    U-Net's weights where they lie on the Hub, ``transfer`` is what came from there.
     """
 
     folder: Path
@@ -36,51 +64,93 @@ class ResolvedTeacher:
     name: str
     variant: str | None
     exact: bool = False
+    hub: HubTeacher | None = None
+    remote: RemoteWeights | None = None
+    transfer: Transfer | None = None
+
+    @property
+    def commit(self) -> str | None:
+        return None if self.hub is None else self.hub.repository.commit
+
+    @property
+    def address(self) -> str | None:
+        """What one writes to mean this teacher again: None where its id says all."""
+        if self.hub is None:
+            return None
+        return f"{self.hub.repository.id}/{self.hub.inside}".rstrip("/") + f"@{self.hub.repository.commit}"
 
 
-def cache_folder() -> Path:
-    """Return where built-in teachers are written: ``$UNET_SURGERY_CACHE``, else below the user's cache folder."""
-    if own := os.environ.get("UNET_SURGERY_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "unet-surgery"
+def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher:
+    """Find the teacher ``text``: an existing path, a built-in name, or ``org/name[/folder][@revision]`` of the Hub.
 
-
-def resolve_teacher(
-    text: str, *, weights: bool, variant: str | None = None, unet_only: bool = False, progress: Progress
-) -> ResolvedTeacher:
-    """Return the folder of the teacher ``text``: an existing path, a built-in name, or ``org/name[@revision]``.
-
-    Without ``weights`` nothing large is made or fetched: configs are enough.
+    Nothing large is made or fetched: configs are enough to plan.
 
     Raises:
-        TeacherError: it is none of the three; offers the nearest name.
+        TeacherError: it is none of the three; offers the nearest name or form.
         HubError: the Hub cannot be reached or has no such model.
-        OutputError: a built-in teacher has no room in the cache.
     """
     path = Path(os.path.expanduser(text))
     if path.exists():
         return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)), variant)
     if text in bundled_names():
-        return ResolvedTeacher(_bundled(text, weights, progress), text, text, variant)
-    repository, _, revision = text.partition("@")
-    if is_hub_id(repository):
-        found = download(repository, revision or None, weights=weights, variant=variant, unet_only=unet_only)
-        return ResolvedTeacher(found.folder, repository, repository.rpartition("/")[2], found.variant, exact=True)
-    close = get_close_matches(text, bundled_names(), n=1)
+        cached = cache_folder() / text
+        return ResolvedTeacher(cached if cached.is_dir() else bundled_folder(text), text, text, variant)
+    match = _HUB_TEACHER.fullmatch(text)
+    if match is not None:
+        return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
-        expected=f"a folder, a Hub id org/name[@revision], or one of {', '.join(bundled_names())}",
-        hint=f"did you mean {close[0]!r}?" if close else None,
+        expected=f"a folder, a Hub id org/name[/folder][@revision], or one of {', '.join(bundled_names())}",
+        hint=_nearest(text),
     )
 
 
-def _bundled(name: str, weights: bool, progress: Progress) -> Path:
+def fetch_teacher(
+    found: ResolvedTeacher, *, unet_only: bool = False, full: bool = False, progress: Progress
+) -> ResolvedTeacher:
+    """Make or fetch what a surgery needs of the teacher besides the U-Net's weights on the Hub; these only if ``full``.
+
+    Raises:
+        HubError: the Hub refuses or breaks off.
+        OutputError: a cache has no room or cannot be written.
+        TeacherError: the repository holds no U-Net with safetensors weights.
+    """
+    if found.hub is not None:
+        num_bytes = found.hub.fetch(unet_only=unet_only, weights=full or found.remote is None)
+        return replace(found, remote=None if full else found.remote, transfer=Transfer(num_bytes))
+    if found.teacher_id in bundled_names():
+        return replace(found, folder=_made(found.teacher_id, progress))
+    return found
+
+
+def _on_the_hub(repository: str, inside: str, revision: str | None, variant: str | None) -> ResolvedTeacher:
+    teacher = find_hub_teacher(repository, inside, revision, variant)
+    return ResolvedTeacher(
+        teacher.configs(),
+        repository,
+        repository.rpartition("/")[2],
+        teacher.variant,
+        exact=True,
+        hub=teacher,
+        remote=teacher.remote(),
+    )
+
+
+def _nearest(text: str) -> str | None:
+    if (match := _URL.fullmatch(text)) is not None:
+        return f"the model's id alone: {match['id']}"
+    repaired = re.sub(r"\s+", "-", text.strip().strip("/").replace("\\", "/"))
+    if repaired != text and _HUB_TEACHER.fullmatch(repaired):
+        return f"did you mean {repaired!r}?"
+    close = get_close_matches(text, bundled_names(), n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def _made(name: str, progress: Progress) -> Path:
+    """Return the folder of a built-in teacher with its weights, making them once."""
     cached = cache_folder() / name
     if cached.is_dir():
         return cached
-    if not weights:
-        return bundled_folder(name)
     try:
         disk.make_folders(cached.parent)
     except OSError as error:

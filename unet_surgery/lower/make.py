@@ -31,6 +31,7 @@ def make_plan(
     *,
     recipe: Mapping[str, Any],
     teacher_id: str,
+    teacher_commit: str | None = None,
     allow_skip_change: bool = False,
     weights: StoredWeights | None = None,
     tensor_bytes: Mapping[str, int] | None = None,
@@ -55,6 +56,7 @@ def make_plan(
     return SurgeryPlan(
         recipe=recipe,
         teacher_id=teacher_id,
+        teacher_commit=teacher_commit,
         family=family_of(whole),
         teacher_config=config.raw,
         teacher_weights=weights,

@@ -71,6 +71,7 @@ class SurgeryPlan:
 
     recipe: Mapping[str, Any]
     teacher_id: str
+    teacher_commit: str | None
     family: str | None
     teacher_config: Mapping[str, Any]
     teacher_weights: StoredWeights | None
@@ -120,6 +121,7 @@ def _encode(plan: SurgeryPlan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "teacher": {
             "id": plan.teacher_id,
+            "commit": plan.teacher_commit,
             "family": plan.family,
             **asdict(plan.teacher),
             "weights": None if plan.teacher_weights is None else asdict(plan.teacher_weights),
@@ -159,6 +161,7 @@ def _decode(text: str) -> SurgeryPlan:
     return SurgeryPlan(
         recipe=top.mapping("recipe"),
         teacher_id=teacher.text("id"),
+        teacher_commit=teacher.optional_text("commit"),
         family=teacher.optional_text("family"),
         teacher_config=teacher.mapping("config"),
         teacher_weights=None if weights is None else _stored_weights(teacher.object("weights")),

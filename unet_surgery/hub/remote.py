@@ -1,0 +1,196 @@
+"""Weights that lie on the Hub, of which only the bytes that are needed come here.
+
+They appear as sparse files in this package's cache, so everything that reads weights reads them as any others.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import fcntl
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unet_surgery.checkpoint import disk
+from unet_surgery.checkpoint.header import LARGEST_HEADER_BYTES, MAX_HEADER_BYTES
+from unet_surgery.checkpoint.layout import WeightsChoice
+from unet_surgery.checkpoint.reader import Weights, open_weights
+from unet_surgery.errors import HubError, OutputError
+from unet_surgery.hub.download import check_room, download
+from unet_surgery.hub.partial import PartialFile, Range, merged, total_bytes
+from unet_surgery.hub.repository import Repository
+from unet_surgery.hub.transport import RangeReader, Stopped
+
+__all__ = ["RemoteWeights"]
+
+PIECE_BYTES = 8 << 20
+FIRST_BYTES = 128 << 10  # SD 1's header has 84 KB
+CONNECTIONS = 8
+SPARE_SHARE = 200  # one part in so many may be fetched in vain, to fetch fewer ranges
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteWeights:
+    """The weights ``choice`` in the folder ``inside`` ("" or ending in a slash) of a repository.
+
+    ``shards`` are the files that hold tensors: names within that folder.
+    """
+
+    repository: Repository
+    inside: str
+    choice: WeightsChoice
+    shards: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the sparse copies are."""
+        return self.repository.folder / self.inside
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all shards."""
+        return sum(self._size(shard) for shard in self.shards)
+
+    def open(self, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Weights:
+        """Open the weights for reading what was fetched; their headers are fetched if they are not there yet.
+
+        While they are open no other process changes these copies.
+
+        Raises:
+            NoRangesError: the server cannot send a part of a file.
+            HubError, OutputError: as :meth:`fetch`.
+            TeacherError: a file is damaged or no safetensors file.
+        """
+        if self.choice.sharded:
+            self._copy_index()
+        for shard in self.shards:
+            self._fetch_header(shard, max_header_bytes)
+        weights = open_weights(self.folder, self.choice, max_header_bytes=max_header_bytes)
+        for file in weights.files:
+            fcntl.flock(file.fd, fcntl.LOCK_SH)
+        return weights
+
+    def fetch(self, wanted: Mapping[str, Sequence[tuple[int, int]]], on_bytes: disk.OnBytes) -> int:
+        """Fetch these ranges of the shards, as far as they are not here; return how many bytes that were.
+
+        Raises:
+            HubError: the Hub cannot be reached, refuses, or breaks off; what came is kept, and the next run goes on.
+            OutputError: the cache cannot be written or has no room.
+        """
+        return sum(self._fetch(shard, ranges, on_bytes) for shard, ranges in wanted.items())
+
+    def missing(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> int:
+        """Return how many bytes :meth:`fetch` would fetch."""
+        num_bytes = 0
+        for shard, ranges in wanted.items():
+            with self._partial(shard) as partial:
+                num_bytes += total_bytes(_thrifty(partial.missing(ranges)))
+        return num_bytes
+
+    def _fetch(self, shard: str, ranges: Sequence[tuple[int, int]], on_bytes: disk.OnBytes) -> int:
+        try:
+            with self._partial(shard) as partial:
+                missing = _thrifty(partial.missing(ranges))
+                if missing:
+                    check_room(self.folder, total_bytes(missing))
+                    self._transfer(partial, shard, missing, on_bytes)
+                return total_bytes(missing)
+        except OSError as error:
+            raise OutputError(
+                "the cache cannot be written",
+                where=str(self.folder),
+                found=error.strerror,
+                hint="UNET_SURGERY_CACHE says where it lies",
+            ) from error
+
+    def _transfer(self, partial: PartialFile, shard: str, missing: Sequence[Range], on_bytes: disk.OnBytes) -> None:
+        """Fetch pieces over several connections; the first failure stops all, and what is whole by then stays."""
+        if self.repository.files is None:
+            raise HubError(
+                "the Hugging Face Hub cannot be reached, and its weights are not all here",
+                where=f"{self.repository.id}/{self.inside}{shard}",
+                found=f"{total_bytes(missing)} bytes are missing",
+                hint="try again with a network",
+            )
+        stop = threading.Event()
+        reader = RangeReader(
+            self.repository.id, f"{self.inside}{shard}", self.repository.commit, self._size(shard), stop
+        )
+        count = _locked(on_bytes)
+
+        def take(offset: int, data: bytes) -> None:
+            partial.write(offset, data)
+            count(len(data))
+
+        def fetch(piece: Range) -> None:
+            try:
+                partial.record(piece.begin, piece.end, reader.read(piece.begin, piece.end, take))
+            except BaseException:
+                stop.set()
+                raise
+
+        pieces = _pieces(missing)
+        fetch(pieces[0])  # alone: it tells whether the server knows ranges, and where the file is
+        with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
+            futures = [pool.submit(fetch, piece) for piece in pieces[1:]]
+            try:
+                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            finally:
+                if not all(future.done() and future.exception() is None for future in futures):
+                    stop.set()
+                    pool.shutdown(cancel_futures=True)
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
+            raise error
+
+    def _fetch_header(self, shard: str, max_header_bytes: int) -> None:
+        size = self._size(shard)
+        self._fetch(shard, [Range(0, min(FIRST_BYTES, size))], _ignore)
+        with self._partial(shard) as partial:
+            length = int.from_bytes(partial.read(0, 8), "little")
+        if length <= min(max_header_bytes, LARGEST_HEADER_BYTES, size - 8):  # else opening it says what is wrong
+            self._fetch(shard, [Range(0, 8 + length)], _ignore)
+
+    def _copy_index(self) -> None:
+        index = self.choice.file
+        data = (download(self.repository, [f"{self.inside}{index}"]) / self.inside / index).read_bytes()
+        disk.make_folders(self.folder)
+        disk.replace_file(self.folder / index, data, force=True)
+
+    def _partial(self, shard: str) -> PartialFile:
+        path = self.folder / shard
+        file = None if self.repository.files is None else self.repository.files[f"{self.inside}{shard}"]
+        if file is None:
+            return PartialFile.as_it_is(path)
+        return PartialFile(path, file.identity or self.repository.commit, file.size)
+
+    def _size(self, shard: str) -> int:
+        if self.repository.files is not None:
+            return self.repository.files[f"{self.inside}{shard}"].size
+        return PartialFile.as_it_is(self.folder / shard).size
+
+
+def _thrifty(missing: Sequence[Range]) -> list[Range]:
+    """Join ranges over gaps so small that fetching them costs less than another request."""
+    return merged(missing, spare=total_bytes(missing) // SPARE_SHARE)
+
+
+def _pieces(ranges: Sequence[tuple[int, int]]) -> list[Range]:
+    return [
+        Range(begin, min(begin + PIECE_BYTES, end)) for start, end in ranges for begin in range(start, end, PIECE_BYTES)
+    ]
+
+
+def _locked(on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    lock = threading.Lock()
+
+    def count(num_bytes: int) -> None:
+        with lock:
+            on_bytes(num_bytes)
+
+    return count
+
+
+def _ignore(_: int) -> None:
+    """Headers are too small to count."""

@@ -1,0 +1,142 @@
+"""A teacher in a repository of the Hub: which of its files are needed for what, and how they come here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unet_surgery.checkpoint.components import INDEX, component_names
+from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights, component_files, shard_files
+from unet_surgery.checkpoint.licence import CARD, is_licence_file
+from unet_surgery.errors import TeacherError, first_few
+from unet_surgery.hub.download import cached_file, download, missing_bytes
+from unet_surgery.hub.partial import JOURNAL
+from unet_surgery.hub.remote import RemoteWeights
+from unet_surgery.hub.repository import Repository, look_up
+
+__all__ = ["HubTeacher", "find_hub_teacher"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HubTeacher:
+    """A pipeline or a U-Net in a repository, below its folder ``inside`` ("" or ending in a slash).
+
+    ``unet`` is the U-Net's folder there, in the same form. ``names`` are all files of the repository, or, without a
+    network, those that the caches hold.
+    """
+
+    repository: Repository
+    inside: str
+    unet: str
+    names: Sequence[str] = field(repr=False)
+    asked_variant: str | None
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of the weights that are meant: by the repository's listing, whatever the cache holds."""
+        choice = self._choice()
+        return self.asked_variant if choice is None else choice.variant
+
+    def configs(self) -> Path:
+        """Fetch what a plan needs besides the weights' header, and return the teacher's folder in the cache.
+
+        Raises:
+            HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
+        """
+        names = [f"{self.inside}{INDEX}", f"{self.inside}{self.unet}config.json"]
+        return download(self.repository, [name for name in names if name in self.names]) / self.inside
+
+    def remote(self) -> RemoteWeights | None:
+        """Return the U-Net's weights as they lie on the Hub; None if there are none, or the cache has them whole."""
+        choice = self._choice()
+        if choice is None or all(cached_file(self.repository, name) for name in self._weights(choice)):
+            return None
+        shards = shard_files(self._unet_names(), choice) or [choice.file]
+        return RemoteWeights(self.repository, f"{self.inside}{self.unet}", choice, tuple(shards))
+
+    def fetch(self, *, unet_only: bool, weights: bool) -> int:
+        """Fetch the pipeline's other parts (not if ``unet_only``), and the U-Net's ``weights`` whole.
+
+        Returns the number of bytes that were not there yet.
+
+        Raises:
+            HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
+            TeacherError: the repository holds no U-Net with safetensors weights.
+        """
+        choice = choose_weights(self._unet_names(), self.asked_variant, where=self._shown)
+        names = [f"{self.inside}{name}" for name in self._inside("") if name == CARD or is_licence_file(name)]
+        if f"{self.inside}{INDEX}" in self.names and not unet_only:
+            for part in component_names(self.configs()):
+                files = component_files(self._inside(f"{part}/"), self.asked_variant)
+                names += [f"{self.inside}{part}/{name}" for name in files]
+        if weights:
+            names += self._weights(choice)
+        num_bytes = missing_bytes(self.repository, names)
+        if names:
+            download(self.repository, names)
+        return num_bytes
+
+    def _choice(self) -> WeightsChoice | None:
+        try:
+            return choose_weights(self._unet_names(), self.asked_variant, where=self._shown)
+        except TeacherError:
+            return None
+
+    def _weights(self, choice: WeightsChoice) -> list[str]:
+        files = [choice.file, *shard_files(self._unet_names(), choice)]
+        return [f"{self.inside}{self.unet}{name}" for name in files]
+
+    def _unet_names(self) -> list[str]:
+        return self._inside(self.unet)
+
+    def _inside(self, folder: str) -> list[str]:
+        """Return the names of the files that stand directly in a folder of the teacher's."""
+        start = f"{self.inside}{folder}"
+        return [
+            name.removeprefix(start) for name in self.names if name.startswith(start) and "/" not in name[len(start) :]
+        ]
+
+    @property
+    def _shown(self) -> str:
+        return f"{self.repository.id}/{self.inside}{self.unet}".rstrip("/")
+
+
+def find_hub_teacher(repository: str, inside: str, revision: str | None, variant: str | None) -> HubTeacher:
+    """Find the teacher in the folder ``inside`` ("" for the top) of a repository; asks the Hub once.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached and the caches do not hold it.
+        TeacherError: there is no U-Net there.
+    """
+    found = look_up(repository, revision)
+    names = list(found.files) if found.files is not None else _cached_names(found)
+    if found.files is None:
+        log.warning("the Hub cannot be reached; using the cached copy of %s", repository)
+    start = f"{inside}/" if inside else ""
+    is_pipeline = f"{start}{INDEX}" in names
+    unet = "unet/" if is_pipeline or f"{start}unet/config.json" in names else ""
+    if f"{start}{unet}config.json" not in names:
+        raise TeacherError(
+            "the repository holds no U-Net",
+            where=f"{repository}/{inside}" if inside else repository,
+            expected="unet/config.json or config.json",
+            found=first_few(sorted(names)) or "an empty repository",
+        )
+    return HubTeacher(found, start, unet, names, variant)
+
+
+def _cached_names(repository: Repository) -> list[str]:
+    """Return the files that the Hub cache or this package's own holds of a commit."""
+    from huggingface_hub import constants
+
+    snapshot = Path(
+        constants.HF_HUB_CACHE, f"models--{repository.id.replace('/', '--')}", "snapshots", repository.commit
+    )
+    whole = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
+    journals = repository.folder.rglob(f"*{JOURNAL}")
+    parts = {path.relative_to(repository.folder).as_posix().removesuffix(JOURNAL) for path in journals}
+    return sorted(whole | parts)
