@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_merged_ranges_hold_the_same_bytes_and_a_few_to_spare(ranges: list[Range
     assert found == sorted(set(found))
     assert wanted <= set(found)
     assert len(found) <= len(wanted) + spare
-    assert all(a.end < b.begin for a, b in zip(result, result[1:], strict=False))
+    assert all(a.end < b.begin for a, b in pairwise(result))
     assert total_bytes(merged(ranges)) == len(wanted)
 
 

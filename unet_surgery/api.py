@@ -186,6 +186,7 @@ def prune(
     teacher_id: str | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
     full: bool = False,
+    base: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
@@ -195,6 +196,8 @@ def prune(
     pipeline gives a pipeline. ``link`` hard-links the copied components, ``normalize`` mends what older libraries
     cannot read of them. ``license`` names the teacher's licence where its card does not. ``progress`` gets bytes done
     and in all.
+
+    Where the teacher is a U-Net alone, ``base`` is a pipeline whose other parts the student gets.
 
     Of a teacher on the Hub only the bytes that the student keeps are fetched, unless the Hub cache holds the file or
     ``full`` asks for the whole of it, which is then compared with its checksum.
@@ -218,6 +221,9 @@ def prune(
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
     # What is wrong with recipe, config or header is found before gigabytes are made or fetched.
     early = _open(found, teacher_id, max_header=max_header, config_only=found.remote is None)
+    others = None if base is None else resolve_teacher(_named(base), variant=variant)
+    if others is not None:
+        early.with_base(_open(others, config_only=True))
     with _header(early) as weights:
         decided = _plan(chosen, early, weights, dtype)
         by_range = weights is not None
@@ -226,6 +232,8 @@ def prune(
         check_output(target, early, options, decided.student_bytes)
     found = fetch_teacher(found, unet_only=unet_only, full=full or not by_range, progress=progress)
     opened = _open(found, teacher_id, max_header=max_header)
+    if others is not None and not unet_only:
+        opened = opened.with_base(_parts_of(others, progress))
     transfer = found.transfer
     if found.remote is not None:
         transfer = _fetch_kept(found, opened, decided, progress)
@@ -233,29 +241,36 @@ def prune(
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
         write_student(decided, opened, weights, chosen.to_yaml(), target, options, progress)
-    return PruneResult(target, decided, opened.is_pipeline and not unet_only, transfer)
+    return PruneResult(target, decided, opened.pipeline is not None and not unet_only, transfer)
 
 
 def check(
     folder: str | Path,
     teacher: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     variant: str | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
 ) -> CheckReport:
     """Check a student folder against its plan and, with ``teacher``, every copied byte against the teacher's.
 
+    ``base`` is the pipeline that its other parts came from, where the teacher is a U-Net alone.
+
     Raises:
         VerificationError: something differs; names the tensors.
         TeacherError, HubError: ``teacher`` cannot be read, or is another one.
     """
     opened = None
+    if teacher is None and base is not None:
+        raise UsageError("a base without a teacher compares nothing", hint="give --teacher as well")
     if teacher is not None:
         found = fetch_teacher(resolve_teacher(_named(teacher), variant=variant), progress=progress)
         opened = _open(found, max_header=max_header)
         if found.remote is not None:
             _fetch_kept(found, opened, read_plan(Path(folder)), progress)
+        if base is not None:
+            opened = opened.with_base(_parts_of(resolve_teacher(_named(base), variant=variant), progress))
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
@@ -397,6 +412,10 @@ def _header(teacher: TeacherFolder) -> Iterator[Weights | None]:
         return
     with weights:
         yield weights
+
+
+def _parts_of(base: ResolvedTeacher, progress: Progress) -> TeacherFolder:
+    return _open(fetch_teacher(base, parts_only=True, progress=progress), config_only=True)
 
 
 def _fetch_kept(found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPlan, progress: Progress) -> Transfer:

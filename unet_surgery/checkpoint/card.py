@@ -29,7 +29,7 @@ class CardFacts:
     """What the card says besides the plan: version of this package, kind of folder, licence, options of the run.
 
     ``options`` are those that, with recipe and teacher, make the same files again; ``address`` is how to name that
-    teacher where its id does not say all. Without ``compared`` the card says that only parts of its file were fetched.
+    teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's. Without ``compared`` the card says that only parts of its file were fetched.
     """
 
     version: str
@@ -38,6 +38,7 @@ class CardFacts:
     options: tuple[str, ...] = ()
     normalized: tuple[str, ...] = ()
     address: str | None = None
+    base: str | None = None
     compared: bool = True
 
 
@@ -252,12 +253,13 @@ def _licence(plan: SurgeryPlan, facts: CardFacts) -> str:
 
 def _notice(plan: SurgeryPlan, facts: CardFacts) -> str:
     mended = ", ".join(f"`{name}`" for name in facts.normalized)
+    whose = "the teacher's" if facts.base is None else f"those of `{facts.base}`, under its licence"
     rest = f" except {mended}, which store the same values in another layout" if mended else ""
     dtype = f", its weights converted to {plan.dtype}" if plan.dtype is not None else ""
     return (
         f"**Notice of modification.** The U-Net's config and weights are not the teacher's files: layers of "
         f"{_teacher(plan)} were removed and the remaining ones renumbered with unet-surgery{dtype}, as listed under "
-        f"“What was removed”. The other parts of the pipeline, if they are here, are the teacher's{rest}."
+        f"“What was removed”. The other parts of the pipeline, if they are here, are {whose}{rest}."
     )
 
 

@@ -299,13 +299,16 @@ def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[by
 
 def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
     """Compare what was copied with the teacher's; a file may also be what --normalize makes of the teacher's."""
+    pipeline = teacher.pipeline
+    if pipeline is None:
+        return 0
     components = teacher.components()
     mended = {
         f"{mending.component}/{name}": content
-        for mending in mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
+        for mending in mendings(components, pipeline.variant, max_header_bytes=teacher.max_header_bytes)
         for name, content in mending.files.items()
     }
-    copied = {INDEX: teacher.root / INDEX}
+    copied = {INDEX: pipeline.root / INDEX}
     copied |= {f"{c.name}/{target}": c.folder / source for c in components for source, target in c.files.items()}
     for component in components:
         for path in sorted((folder / component.name).iterdir()):

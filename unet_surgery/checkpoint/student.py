@@ -68,9 +68,10 @@ def write_student(
         TeacherError: the teacher is damaged or changed meanwhile.
         UsageError: ``options.license`` contradicts the teacher's card.
     """
-    pipeline = teacher.is_pipeline and not options.unet_only
-    components = teacher.components() if pipeline else ()
-    faults = mendings(components, teacher.variant, max_header_bytes=teacher.max_header_bytes)
+    whole = None if options.unet_only else teacher.pipeline
+    pipeline = whole is not None
+    components = () if whole is None else teacher.components()
+    faults = () if whole is None else mendings(components, whole.variant, max_header_bytes=teacher.max_header_bytes)
     mended = faults if options.normalize else ()
     licence = find_licence(teacher.root, family=plan.family, given=options.license)
     files = dict(_component_files(components, mended))
@@ -81,6 +82,7 @@ def write_student(
         _again(plan, teacher, options),
         _mended_names(mended),
         address=teacher.address,
+        base=None if teacher.base is None else teacher.base.name,
         compared=options.compared,
     )
     texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
@@ -99,9 +101,9 @@ def write_student(
 
         root = staging.folder
         unet = root / "unet" if pipeline else root
-        if pipeline:
+        if whole is not None:
             disk.make_folder(unet)
-            _copy(teacher.root / INDEX, root / INDEX, _ignore)
+            _copy(whole.root / INDEX, root / INDEX, _ignore)
         disk.write_file(unet / CONFIG, config_text(plan))
         write_weights(plan, weights, unet, max_shard_bytes=options.max_shard_bytes, on_bytes=on_bytes)
         for component in components:
@@ -152,6 +154,8 @@ def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -
     words: list[str] = []
     if teacher.variant is not None:
         words += ["--variant", teacher.variant]
+    if teacher.base is not None and not options.unet_only:
+        words += ["--base", teacher.base.name]
     if plan.dtype is not None:
         words += ["--dtype", next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)]
     if options.unet_only:
@@ -301,14 +305,18 @@ def _ended(where: str) -> TeacherError:
 
 def _check_apart(out: Path, teacher: TeacherFolder) -> None:
     """The output must not be the teacher, inside it, or around it: by device and inode, not by name."""
-    real, root = Path(os.path.realpath(out)), Path(os.path.realpath(teacher.root))
+    real = Path(os.path.realpath(out))
     here = [p for p in (real, *real.parents) if p.exists()]
-    inside = any(p.samefile(root) for p in here)
-    around = real.exists() and any(p.samefile(real) for p in root.parents)
-    if inside or around:
-        raise OutputError(
-            "the output is the teacher's folder, inside it or around it", where=str(out), hint="choose another --out"
-        )
+    for folder in (teacher.root, *((teacher.base.root,) if teacher.base else ())):
+        root = Path(os.path.realpath(folder))
+        inside = any(p.samefile(root) for p in here)
+        around = real.exists() and any(p.samefile(real) for p in root.parents)
+        if inside or around:
+            raise OutputError(
+                "the output is the teacher's folder, inside it or around it",
+                where=str(out),
+                hint="choose another --out",
+            )
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.jsonfile import kind_of, read_object
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights
 from unet_surgery.checkpoint.reader import Weights, open_weights
-from unet_surgery.errors import ContainerError, TeacherError, first_few
+from unet_surgery.errors import ContainerError, TeacherError, UsageError, first_few, printable
+from unet_surgery.graph.config import DEFAULTS
 
 __all__ = ["TeacherFolder", "WeightsSource", "is_hub_id", "open_teacher"]
 
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 LOCAL = "local"
 MAX_CONFIG_BYTES = 1 << 20
+# what text encoder, VAE and scheduler must agree on with the U-Net
+SHARED_WITH_PARTS = {
+    key: DEFAULTS[key]
+    for key in ("cross_attention_dim", "in_channels", "out_channels", "addition_embed_type", "num_class_embeds")
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -50,6 +56,7 @@ class TeacherFolder:
     """A teacher. ``weights`` is None where only config.json is there, which is enough to plan.
 
     ``commit`` is the commit of the Hub's repository that it is of, ``address`` what one writes to mean the same again.
+    ``base`` is the pipeline that brings the other parts where this is a U-Net alone.
     """
 
     root: Path
@@ -62,16 +69,54 @@ class TeacherFolder:
     max_header_bytes: int = MAX_HEADER_BYTES
     commit: str | None = None
     address: str | None = None
+    base: TeacherFolder | None = None
+
+    @property
+    def name(self) -> str:
+        """What one writes to mean this teacher again, as far as that may be published."""
+        return self.address or (self.teacher_id if self.teacher_id != LOCAL else "path/to/the/base")
+
+    @property
+    def pipeline(self) -> TeacherFolder | None:
+        """The teacher, or its base, that has a pipeline's other parts."""
+        return self if self.is_pipeline else self.base
 
     def components(self) -> tuple[Component, ...]:
-        """Return what model_index.json names besides the U-Net; nothing for a U-Net folder.
+        """Return what model_index.json names besides the U-Net, the base's for a U-Net alone; else nothing.
 
         Raises:
             TeacherError: one is missing, incomplete or damaged.
         """
-        if not self.is_pipeline:
+        pipeline = self.pipeline
+        if pipeline is None:
             return ()
-        return read_components(self.root, self.variant, max_header_bytes=self.max_header_bytes)
+        return read_components(pipeline.root, pipeline.variant, max_header_bytes=self.max_header_bytes)
+
+    def with_base(self, base: TeacherFolder) -> TeacherFolder:
+        """Return this U-Net with the other parts of the pipeline ``base``.
+
+        Raises:
+            UsageError: this is a pipeline itself, ``base`` is none, or its parts were made for another kind of U-Net.
+        """
+        if self.is_pipeline:
+            raise UsageError(
+                "the teacher is a pipeline and brings its own parts", where=str(self.root), hint="leave --base out"
+            )
+        if not base.is_pipeline:
+            raise UsageError(
+                "the base is not a pipeline", where=str(base.root), expected=f"a diffusers folder with {INDEX}"
+            )
+        for key, default in SHARED_WITH_PARTS.items():
+            ours, theirs = self.config.get(key, default), base.config.get(key, default)
+            if ours != theirs:
+                raise UsageError(
+                    "the base's parts do not fit this U-Net: they were made for another kind",
+                    where=f"{base.unet / 'config.json'}, key {key}",
+                    expected=printable(ours),
+                    found=printable(theirs),
+                    hint="give a pipeline of the same family: SD v1, v2 or XL",
+                )
+        return replace(self, base=base)
 
     def open_weights(self) -> Weights:
         """Open the U-Net's weights.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Compared, Json, MaxHeader, Quiet, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Base, Compared, Json, MaxHeader, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show, show_json
 
 __all__ = ["Student", "check"]
@@ -19,6 +19,7 @@ Student = Annotated[Path, typer.Argument(help="A folder that unet-surgery prune 
 def check(
     folder: Student,
     teacher: Compared = None,
+    base: Base = None,
     variant: Variant = None,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     as_json: Json = False,
@@ -32,7 +33,7 @@ def check(
     from unet_surgery.cli.format import gigabytes
 
     with progress_bar("comparing", quiet) as progress:
-        report = run(folder, teacher, variant=variant, max_header=max_header, progress=progress)
+        report = run(folder, teacher, base=base, variant=variant, max_header=max_header, progress=progress)
     if as_json:
         from dataclasses import asdict
 

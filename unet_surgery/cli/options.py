@@ -8,6 +8,7 @@ import typer
 
 __all__ = [
     "DEFAULT_MAX_HEADER",
+    "Base",
     "Compared",
     "Dtype",
     "Json",
@@ -37,6 +38,10 @@ Compared = Annotated[
 ]
 TeacherArgument = Annotated[str, typer.Argument(help=TEACHER_HELP)]
 TeacherId = Annotated[str | None, typer.Option("--teacher-id", help="What the card calls a local teacher: its Hub id.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="A pipeline that brings the other parts, where the teacher is a U-Net alone."),
+]
 Variant = Annotated[str | None, typer.Option("--variant", help="Take the weights of this variant, such as fp16.")]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Convert weights to fp32, fp16 or bf16. Default: copy them as they are.")

@@ -9,6 +9,7 @@ import typer
 
 from unet_surgery.cli.options import (
     DEFAULT_MAX_HEADER,
+    Base,
     Dtype,
     MaxHeader,
     Quiet,
@@ -32,6 +33,7 @@ def prune(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The student's folder. Default: ./<teacher>-<recipe>.")
     ] = None,
+    base: Base = None,
     variant: Variant = None,
     dtype: Dtype = None,
     unet_only: Annotated[bool, typer.Option("--unet-only", help="Write the U-Net alone, not the pipeline.")] = False,
@@ -95,6 +97,7 @@ def prune(
             teacher_id=teacher_id,
             max_header=max_header,
             full=full,
+            base=base,
             progress=progress,
         )
     show(str(result.folder))
@@ -112,6 +115,7 @@ def prune(
     )
     student = shlex.quote(str(result.folder))
     again = f" --teacher {shlex.quote(teacher or str(plan.recipe.get('teacher')))}"
+    again += f" --base {shlex.quote(base)}" if base and result.is_pipeline else ""
     again += f" --variant {shlex.quote(variant)}" if variant else ""
     say(f"next:  unet-surgery check {student}{again}    every byte against the teacher's")
     say(f"       unet-surgery verify {student}    load and run it in diffusers (needs torch)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unet_surgery.cli.check import Student
-from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Compared, MaxHeader, Quiet, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Base, Compared, MaxHeader, Quiet, Variant
 from unet_surgery.cli.sink import command, progress_bar, show
 
 __all__ = ["verify"]
@@ -13,6 +13,7 @@ __all__ = ["verify"]
 def verify(
     folder: Student,
     teacher: Compared = None,
+    base: Base = None,
     variant: Variant = None,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     quiet: Quiet = False,
@@ -26,7 +27,7 @@ def verify(
     from unet_surgery import verify as run
 
     with progress_bar("comparing", quiet) as progress:
-        report = run(folder, teacher, variant=variant, max_header=max_header, progress=progress)
+        report = run(folder, teacher, base=base, variant=variant, max_header=max_header, progress=progress)
     if not quiet:
         show(f"{folder}: as planned, {report.check.num_tensors} tensors, all finite")
         shape = " x ".join(map(str, report.output_shape))

@@ -106,9 +106,16 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
 
 
 def fetch_teacher(
-    found: ResolvedTeacher, *, unet_only: bool = False, full: bool = False, progress: Progress
+    found: ResolvedTeacher,
+    *,
+    unet_only: bool = False,
+    parts_only: bool = False,
+    full: bool = False,
+    progress: Progress,
 ) -> ResolvedTeacher:
     """Make or fetch what a surgery needs of the teacher besides the U-Net's weights on the Hub; these only if ``full``.
+
+    ``unet_only`` leaves out a pipeline's other parts, ``parts_only`` the weights.
 
     Raises:
         HubError: the Hub refuses or breaks off.
@@ -116,7 +123,7 @@ def fetch_teacher(
         TeacherError: the repository holds no U-Net with safetensors weights.
     """
     if found.hub is not None:
-        num_bytes = found.hub.fetch(unet_only=unet_only, weights=full or found.remote is None)
+        num_bytes = found.hub.fetch(unet_only=unet_only, weights=not parts_only and (full or found.remote is None))
         return replace(found, remote=None if full else found.remote, transfer=Transfer(num_bytes))
     if found.teacher_id in bundled_names():
         return replace(found, folder=_made(found.teacher_id, progress))

@@ -67,14 +67,13 @@ class HubTeacher:
             HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
             TeacherError: the repository holds no U-Net with safetensors weights.
         """
-        choice = choose_weights(self._unet_names(), self.asked_variant, where=self._shown)
         names = [f"{self.inside}{name}" for name in self._inside("") if name == CARD or is_licence_file(name)]
         if f"{self.inside}{INDEX}" in self.names and not unet_only:
             for part in component_names(self.configs()):
                 files = component_files(self._inside(f"{part}/"), self.asked_variant)
                 names += [f"{self.inside}{part}/{name}" for name in files]
         if weights:
-            names += self._weights(choice)
+            names += self._weights(choose_weights(self._unet_names(), self.asked_variant, where=self._shown))
         num_bytes = missing_bytes(self.repository, names)
         if names:
             download(self.repository, names)

@@ -34,6 +34,7 @@ def verify(
     folder: str | Path,
     teacher: str | Path | None = None,
     *,
+    base: str | Path | None = None,
     variant: str | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
     progress: Progress = no_progress,
@@ -44,7 +45,7 @@ def verify(
         VerificationError: a check fails, a weight is NaN or infinite (names the tensors), or the output is.
         MissingExtraError: torch or diffusers is not installed.
     """
-    report = check(folder, teacher, variant=variant, max_header=max_header, progress=progress)
+    report = check(folder, teacher, base=base, variant=variant, max_header=max_header, progress=progress)
     unet = load_unet(folder)
     import diffusers
     import torch
