@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
-from hub_server import COMMIT, serve
+from hub_server import HubStandIn, client_env
 from safetensors.numpy import load_file, save_file
 from teachers import WEIGHTS, entries, folder_bytes
 from test_cli import tool
@@ -30,33 +31,44 @@ def repository(tiny: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def client(endpoint: str, cache: Path) -> dict[str, str]:
-    return {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+@pytest.fixture
+def hub(repository: Path) -> HubStandIn:
+    hub = HubStandIn()
+    hub.add(REPOSITORY, repository)
+    return hub
 
 
-def test_plan_fetches_configs_only(repository: Path, tmp_path: Path) -> None:
-    with serve(REPOSITORY, repository) as (endpoint, seen):
-        env = client(endpoint, tmp_path / "hf")
+OFFLINE = "http://127.0.0.1:9"
+
+
+def downloads(hub: HubStandIn) -> list[str]:
+    """Return the name of every file whose bytes were fetched, by the Hub itself or by its store of large files."""
+    small = [record.path.split("/", 5)[-1] for record in hub.seen("GET", "hub", "/resolve/")]
+    return small + [parse_qs(record.query)["name"][0] for record in hub.seen("GET", "cdn")]
+
+
+def test_plan_fetches_configs_only(hub: HubStandIn, tmp_path: Path) -> None:
+    with hub.serve() as endpoint:
+        env = client_env(endpoint, tmp_path / "hf")
         out, _ = tool("plan", "-r", "bk_tiny", "-t", REPOSITORY, "--json", cwd=tmp_path, env=env)
     assert json.loads(out)["teacher"]["id"] == REPOSITORY
-    fetched = {
-        request.partition(COMMIT + "/")[2] for request in seen if request.startswith("GET") and COMMIT in request
-    }
-    assert fetched - {""} == {"model_index.json", "unet/config.json"}
+    assert set(downloads(hub)) == {"model_index.json", "unet/config.json"}
 
 
-def test_prune_fetches_what_it_needs_once(repository: Path, tiny: Path, tmp_path: Path) -> None:
+def test_prune_fetches_what_it_needs_once(hub: HubStandIn, tiny: Path, tmp_path: Path) -> None:
     command = ["prune", "-r", "bk_tiny", "-t", f"{REPOSITORY}@main", "-q"]
-    with serve(REPOSITORY, repository) as (endpoint, seen):
-        env = client(endpoint, tmp_path / "hf")
+    with hub.serve() as endpoint:
+        env = client_env(endpoint, tmp_path / "hf")
         assert tool(*command, cwd=tmp_path, env=env)[0] == "tiny-bk_tiny\n"
-        assert not [request for request in seen if "not" in request or ".bin" in request or ".ckpt" in request]
-        assert not [request for request in seen if "fp16" in request or "v1-5" in request]
-        num_downloads = sum(request.startswith("GET /org/tiny/resolve") for request in seen)
+        fetched = downloads(hub)
+        assert f"unet/{WEIGHTS}" in fetched
+        assert len(set(fetched)) == len(fetched)
+        asked = [record.path + record.query for record in hub.requests]
+        assert not [text for text in asked for name in (".bin", ".ckpt", "fp16", "v1-5") if name in text]
         tool(*command, "-o", "again", cwd=tmp_path, env=env)
-        assert sum(request.startswith("GET /org/tiny/resolve") for request in seen) == num_downloads
+        assert downloads(hub) == fetched
     # and with the Hub gone, from the cache
-    _, err = tool(*command, "-o", "offline", cwd=tmp_path, env=client("http://127.0.0.1:9", tmp_path / "hf"))
+    _, err = tool(*command, "-o", "offline", cwd=tmp_path, env=client_env(OFFLINE, tmp_path / "hf"))
     assert "using the cached copy" in err
     students = [folder_bytes(tmp_path / name) for name in ("tiny-bk_tiny", "again", "offline")]
     assert students[0] == students[1] == students[2]
@@ -72,11 +84,11 @@ def test_prune_fetches_what_it_needs_once(repository: Path, tiny: Path, tmp_path
         ("org/tiny@nowhere", "no such revision"),
     ],
 )
-def test_refusals_are_told_apart(repository: Path, tmp_path: Path, teacher: str, says: str) -> None:
-    with serve(REPOSITORY, repository) as (endpoint, _):
-        _, err = tool(
-            "prune", "-r", "bk_tiny", "-t", teacher, cwd=tmp_path, code=5, env=client(endpoint, tmp_path / "hf")
-        )
+def test_refusals_are_told_apart(hub: HubStandIn, repository: Path, tmp_path: Path, teacher: str, says: str) -> None:
+    hub.add("org/gated", repository, gated=True)
+    with hub.serve() as endpoint:
+        env = client_env(endpoint, tmp_path / "hf")
+        _, err = tool("prune", "-r", "bk_tiny", "-t", teacher, cwd=tmp_path, code=5, env=env)
     assert says in err
     assert teacher.partition("@")[0] in err
     assert not [name for name in entries(tmp_path) if "bk_tiny" in name]
@@ -86,26 +98,28 @@ def test_the_cache_decides_nothing(repository: Path, tmp_path: Path) -> None:
     """After a fp16 prune the cache holds fp16 weights only; a plan or prune without a variant must not take them."""
     half = {name: tensor.astype("float16") for name, tensor in load_file(repository / "unet" / WEIGHTS).items()}
     save_file(half, repository / "unet" / "diffusion_pytorch_model.fp16.safetensors")
-    with serve(REPOSITORY, repository) as (endpoint, _):
-        env = client(endpoint, tmp_path / "hf")
+    hub = HubStandIn()
+    hub.add(REPOSITORY, repository)
+    with hub.serve() as endpoint:
+        env = client_env(endpoint, tmp_path / "hf")
         half_command = ["prune", "-r", "bk_tiny", "-t", REPOSITORY, "--variant", "fp16", "--unet-only", "-o", "half"]
         tool(*half_command, cwd=tmp_path, env=env)
         plan = json.loads(tool("plan", "-r", "bk_tiny", "-t", REPOSITORY, "--json", cwd=tmp_path, env=env)[0])
         assert plan["teacher"]["weights"] is None
-    offline = client("http://127.0.0.1:9", tmp_path / "hf")
+    offline = client_env(OFFLINE, tmp_path / "hf")
     _, err = tool("prune", "-r", "bk_tiny", "-t", REPOSITORY, "--unet-only", cwd=tmp_path, code=5, env=offline)
     assert "its cache lacks these weights" in err
     assert "--variant fp16" in err
     tool(*half_command[:-1], "again", cwd=tmp_path, env=offline)
-    with serve(REPOSITORY, repository) as (endpoint, _):
-        env = client(endpoint, tmp_path / "hf")
+    with hub.serve() as endpoint:
+        env = client_env(endpoint, tmp_path / "hf")
         tool("prune", "-r", "bk_tiny", "-t", REPOSITORY, "--unet-only", "-o", "plain", cwd=tmp_path, env=env)
     stored = json.loads((tmp_path / "plain" / "plan.json").read_text())["teacher"]["weights"]["dtypes"]
     assert stored == {"F32": 686}
 
 
 def test_an_unreachable_hub(tmp_path: Path) -> None:
-    env = client("http://127.0.0.1:9", tmp_path / "hf")
+    env = client_env(OFFLINE, tmp_path / "hf")
     _, err = tool("prune", "-r", "bk_tiny", cwd=tmp_path, code=5, env=env)
     assert "CompVis/stable-diffusion-v1-4" in err
     assert "--teacher sd-v1-random" in err

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from configs import CONFIGS
-from hub_server import serve_refusals
+from hub_faults import ALWAYS, Fault
+from hub_server import HubStandIn, client_env
 from teachers import write_unet
 
 TOKEN = "hf_" + "PlantedByATestXyZ0123456789AbCdEf"
@@ -68,8 +69,10 @@ def test_a_hub_that_repeats_the_token_is_not_quoted(tmp_path: Path, environment:
     """The stand-in sends back, in the body and in its error header, whatever authorization it was given."""
     work = tmp_path / "work"
     work.mkdir()
-    with serve_refusals(status) as (endpoint, seen):
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    hub = HubStandIn(repeats_tokens=True)
+    hub.faults.append(Fault("status", times=ALWAYS, parameter=status))
+    with hub.serve() as endpoint:
+        environment |= client_env(endpoint, tmp_path / "home")
         for debug in ([], ["--debug"]):
             words = [*debug, "prune", "-r", "bk_tiny", "-t", "me/private", "-o", "out"]
             done = subprocess.run(
@@ -81,7 +84,7 @@ def test_a_hub_that_repeats_the_token_is_not_quoted(tmp_path: Path, environment:
             )
             assert done.returncode == 5, done.stderr
             assert_free(done.stdout + done.stderr, work)
-    assert any(TOKEN in value for value in seen)  # it was sent where it belongs
+    assert any(TOKEN in (record.authorization or "") for record in hub.requests)  # it was sent where it belongs
 
 
 def assert_free(text: str, *folders: Path) -> None:
