@@ -29,7 +29,8 @@ class CardFacts:
     """What the card says besides the plan: version of this package, kind of folder, licence, options of the run.
 
     ``options`` are those that, with recipe and teacher, make the same files again; ``address`` is how to name that
-    teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's. Without ``compared`` the card says that only parts of its file were fetched.
+    teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's.
+    Without ``compared`` the card says that only parts of the teacher's file were fetched.
     """
 
     version: str

@@ -17,7 +17,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.errors import HubError, OutputError, SurgeryError
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.hub.patience import patiently
-from unet_surgery.hub.refusals import is_refusal, refused
+from unet_surgery.hub.refusals import refusal, refused
 from unet_surgery.hub.repository import RemoteFile, Repository
 
 __all__ = ["cached_file", "check_room", "download", "missing_bytes"]
@@ -119,8 +119,8 @@ def _snapshot(repository: Repository, names: Sequence[str]) -> Path:
                 lambda: snapshot_download(repository.id, revision=repository.commit, allow_patterns=_literal(missing))
             )
     except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
-        if is_refusal(error):
-            raise refused(repository.id, repository.commit, error) from error
+        if (answer := refusal(error)) is not None:
+            raise refused(repository.id, repository.commit, answer) from error
         raise _broken_off(repository.id, error) from error
     return _from_cache(repository, names)
 

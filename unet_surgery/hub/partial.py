@@ -1,7 +1,8 @@
 """A file of which only parts are here: a sparse copy, and a journal of the parts with their checksums.
 
-The journal's first line is JSON and says which file it is of (its content's hash and its size); every further line is
-``begin end crc32`` of one part, written once the part is whole. A process may be killed at any time: a torn last line
+The journal's first line is JSON and says which file it is of (its content's hash and its size); ``etag`` lines say what
+its server calls it, and every other line is ``begin end crc32`` of one part, written once the part is whole. A process
+may be killed at any time: a torn last line
 is no line, and a part whose bytes are not those of its checksum is not there.
 """
 
@@ -86,6 +87,7 @@ class PartialFile:
     def __init__(self, path: Path, identity: str, size: int) -> None:
         self.path = path
         self.size = size
+        self.etag: str | None = None
         self._journal_path = _journal_of(path)
         self._first_line = json.dumps({"identity": identity, "size": size}).encode() + b"\n"
         self._lock = threading.Lock()
@@ -154,6 +156,17 @@ class PartialFile:
             self._parts.append(part)
             self._checked.add(part)
 
+    def served_as(self, etag: str | None) -> None:
+        """Remember what the server calls the file."""
+        if etag is not None and etag != self.etag:
+            disk.write(self._journal, b"etag " + etag.encode("latin-1") + b"\n")
+            self.etag = etag
+
+    def forget(self) -> None:
+        """Let go of all parts."""
+        disk.truncate(self._journal, 0)
+        self._parts.clear()
+
     def read(self, begin: int, end: int) -> bytes:
         """Return bytes that are there; fewer where the file is too short."""
         return os.pread(self._data, end - begin, begin)
@@ -170,7 +183,11 @@ class PartialFile:
         is_same = text.startswith(self._first_line) and os.fstat(self._data).st_size == self.size
         whole_lines = text[: text.rfind(b"\n") + 1] if is_same else b""
         if is_same:
-            self._parts = [part for line in whole_lines.splitlines()[1:] if (part := self._part(line)) is not None]
+            for line in whole_lines.splitlines()[1:]:
+                if line.startswith(b"etag "):
+                    self.etag = line[5:].decode("latin-1")
+                elif (part := self._part(line)) is not None:
+                    self._parts.append(part)
         else:
             disk.truncate(self._data, 0)
             disk.truncate(self._data, self.size)

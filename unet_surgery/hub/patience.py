@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from unet_surgery.hub.refusals import refusal
+
 __all__ = ["AGAIN", "FIRST_PAUSE_SECONDS", "longer", "patience_seconds", "patiently", "retry_after"]
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -42,14 +44,12 @@ def patiently(call: Callable[[], T]) -> T:
     Raises:
         Exception: whatever the last attempt raised.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
     start, pause = time.monotonic(), FIRST_PAUSE_SECONDS
     while True:
         try:
             return call()
-        except HfHubHTTPError as error:
-            response = getattr(error, "response", None)
+        except Exception as error:
+            response = getattr(refusal(error), "response", None)
             if response is None or response.status_code not in AGAIN:
                 raise
             wait = max(pause, retry_after(response.headers))

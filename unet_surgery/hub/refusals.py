@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from unet_surgery.errors import HubError
 
-__all__ = ["is_refusal", "refused", "unreachable"]
+__all__ = ["refusal", "refused", "unreachable"]
+
+HINTS = {
+    401: "log in with a token that may: hf auth login",
+    403: "log in with a token that may: hf auth login",
+    429: "wait a while, and run again",
+}
 
 
-def is_refusal(error: Exception) -> bool:
-    """True if the Hub answered, and its answer was no."""
+def refusal(error: BaseException | None) -> Exception | None:
+    """Return the client's exception for an answer of the Hub that was no, if ``error`` is one or was caused by one."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+            return error
+        error = error.__cause__
+    return None
 
 
 def refused(repository: str, revision: str | None, error: Exception) -> HubError:
@@ -34,7 +44,12 @@ def refused(repository: str, revision: str | None, error: Exception) -> HubError
             where=shown,
             hint="check the spelling; for a private model: hf auth login",
         )
-    return HubError("the Hub refused the request", where=shown, found=f"HTTP {status}" if status else name)
+    return HubError(
+        "the Hub refused the request",
+        where=shown,
+        found=f"HTTP {status}" if status else name,
+        hint="run again later" if status is None or status >= 500 else HINTS.get(status),
+    )
 
 
 def unreachable(repository: str, error: Exception) -> HubError:

@@ -20,7 +20,7 @@ from unet_surgery.errors import HubError, OutputError
 from unet_surgery.hub.download import check_room, download
 from unet_surgery.hub.partial import PartialFile, Range, merged, total_bytes
 from unet_surgery.hub.repository import Repository
-from unet_surgery.hub.transport import RangeReader, Stopped
+from unet_surgery.hub.transport import ChangedError, RangeReader, Stopped
 
 __all__ = ["RemoteWeights"]
 
@@ -114,9 +114,8 @@ class RemoteWeights:
                 hint="try again with a network",
             )
         stop = threading.Event()
-        reader = RangeReader(
-            self.repository.id, f"{self.inside}{shard}", self.repository.commit, self._size(shard), stop
-        )
+        name, commit = f"{self.inside}{shard}", self.repository.commit
+        reader = RangeReader(self.repository.id, name, commit, self._size(shard), stop, partial.etag)
         count = _locked(on_bytes)
 
         def take(offset: int, data: bytes) -> None:
@@ -130,19 +129,12 @@ class RemoteWeights:
                 stop.set()
                 raise
 
-        pieces = _pieces(missing)
-        fetch(pieces[0])  # alone: it tells whether the server knows ranges, and where the file is
-        with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
-            futures = [pool.submit(fetch, piece) for piece in pieces[1:]]
-            try:
-                concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-            finally:
-                if not all(future.done() and future.exception() is None for future in futures):
-                    stop.set()
-                    pool.shutdown(cancel_futures=True)
-        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-        for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
-            raise error
+        try:
+            _fetch_all(_pieces(missing), fetch, stop)
+        except ChangedError:
+            partial.forget()
+            raise
+        partial.served_as(reader.etag)
 
     def _fetch_header(self, shard: str, max_header_bytes: int) -> None:
         size = self._size(shard)
@@ -169,6 +161,22 @@ class RemoteWeights:
         if self.repository.files is not None:
             return self.repository.files[f"{self.inside}{shard}"].size
         return PartialFile.as_it_is(self.folder / shard).size
+
+
+def _fetch_all(pieces: Sequence[Range], fetch: Callable[[Range], None], stop: threading.Event) -> None:
+    """Fetch the pieces over several connections; the first failure stops all."""
+    fetch(pieces[0])  # alone: it tells whether the server knows ranges, and where the file is
+    with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
+        futures = [pool.submit(fetch, piece) for piece in pieces[1:]]
+        try:
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+        finally:
+            if not all(future.done() and future.exception() is None for future in futures):
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, Stopped))
 
 
 def _thrifty(missing: Sequence[Range]) -> list[Range]:

@@ -15,7 +15,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.errors import HubError
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.hub.patience import patiently
-from unet_surgery.hub.refusals import is_refusal, refused, unreachable
+from unet_surgery.hub.refusals import refusal, refused, unreachable
 
 __all__ = ["RemoteFile", "Repository", "cached_repository", "look_up"]
 
@@ -63,8 +63,8 @@ def look_up(repository: str, revision: str | None) -> Repository:
     try:
         info = patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
     except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
-        if is_refusal(error):
-            raise refused(repository, revision, error) from error
+        if (answer := refusal(error)) is not None:
+            raise refused(repository, revision, answer) from error
         found = cached_repository(repository, revision)
         if found is None:
             raise unreachable(repository, error) from error

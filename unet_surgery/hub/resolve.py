@@ -96,7 +96,7 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         cached = cache_folder() / text
         return ResolvedTeacher(cached if cached.is_dir() else bundled_folder(text), text, text, variant)
     match = _HUB_TEACHER.fullmatch(text)
-    if match is not None:
+    if match is not None and not _URL.fullmatch(text):
         return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
@@ -149,7 +149,8 @@ def _nearest(text: str) -> str | None:
     repaired = re.sub(r"\s+", "-", text.strip().strip("/").replace("\\", "/"))
     if repaired != text and _HUB_TEACHER.fullmatch(repaired):
         return f"did you mean {repaired!r}?"
-    close = get_close_matches(text, bundled_names(), n=1)
+    names = bundled_names()
+    close = [name for name in names if name.startswith(text)] or get_close_matches(text, names, n=1)
     return f"did you mean {close[0]!r}?" if close else None
 
 

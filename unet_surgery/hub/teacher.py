@@ -10,7 +10,7 @@ from pathlib import Path
 from unet_surgery.checkpoint.components import INDEX, component_names
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights, component_files, shard_files
 from unet_surgery.checkpoint.licence import CARD, is_licence_file
-from unet_surgery.errors import TeacherError, first_few
+from unet_surgery.errors import HubError, TeacherError, first_few
 from unet_surgery.hub.download import cached_file, download, missing_bytes
 from unet_surgery.hub.partial import JOURNAL
 from unet_surgery.hub.remote import RemoteWeights
@@ -73,7 +73,7 @@ class HubTeacher:
                 files = component_files(self._inside(f"{part}/"), self.asked_variant)
                 names += [f"{self.inside}{part}/{name}" for name in files]
         if weights:
-            names += self._weights(choose_weights(self._unet_names(), self.asked_variant, where=self._shown))
+            names += self._weights(self._choose())
         num_bytes = missing_bytes(self.repository, names)
         if names:
             download(self.repository, names)
@@ -81,9 +81,25 @@ class HubTeacher:
 
     def _choice(self) -> WeightsChoice | None:
         try:
-            return choose_weights(self._unet_names(), self.asked_variant, where=self._shown)
-        except TeacherError:
+            return self._choose()
+        except (TeacherError, HubError):  # a plan needs none
             return None
+
+    def _choose(self) -> WeightsChoice:
+        """Without the Hub's listing, nothing may stand in for the weights that were asked for."""
+        offline = self.repository.files is None
+        try:
+            return choose_weights(self._unet_names(), self.asked_variant, where=self._shown, exact=offline)
+        except TeacherError as error:
+            if not offline:
+                raise
+            raise HubError(
+                "the Hugging Face Hub cannot be reached, and its cache lacks these weights",
+                where=self._shown,
+                expected=f"variant {self.asked_variant}" if self.asked_variant else "the plain weights",
+                found=error.found,
+                hint="try again with a network, or name the variant that is cached",
+            ) from error
 
     def _weights(self, choice: WeightsChoice) -> list[str]:
         files = [choice.file, *shard_files(self._unet_names(), choice)]

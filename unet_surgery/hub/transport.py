@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 from unet_surgery.errors import HubError
 from unet_surgery.hub.patience import AGAIN, FIRST_PAUSE_SECONDS, longer, patience_seconds, retry_after
 
-__all__ = ["NoRangesError", "RangeReader", "Stopped"]
+__all__ = ["ChangedError", "NoRangesError", "RangeReader", "Stopped"]
 
 CHUNK_BYTES = 256 << 10
 MAX_REDIRECTS = 5
@@ -39,6 +39,10 @@ OnData = Callable[[int, bytes], None]
 
 class NoRangesError(Exception):
     """The server answers with the whole file whatever range is asked for."""
+
+
+class ChangedError(HubError):
+    """The server no longer serves the file that it served before."""
 
 
 class Stopped(Exception):  # noqa: N818  # nothing went wrong here: another thread asked to stop
@@ -72,18 +76,21 @@ class _Address:
 class RangeReader:
     """Reads ranges of ``repository``'s file ``name`` at ``commit``, of ``size`` bytes; several threads at once.
 
-    ``stop`` ends every read that is under way.
+    ``stop`` ends every read that is under way. ``etag`` is what the server called the file before; later, what it calls
+    it.
     """
 
-    def __init__(self, repository: str, name: str, commit: str, size: int, stop: threading.Event) -> None:
+    def __init__(
+        self, repository: str, name: str, commit: str, size: int, stop: threading.Event, etag: str | None = None
+    ) -> None:
         self.shown = f"{repository}/{name}"
         self._repository, self._name, self._commit = repository, name, commit
         self._size = size
         self._stop = stop
         self._lock = threading.Lock()
         self._address: _Address | None = None
-        self._etag: str | None = None
-        self._had_range = False
+        self.etag = etag
+        self._had_range = etag is not None
 
     def read(self, begin: int, end: int, on_data: OnData) -> int:
         """Read the bytes [begin, end), hand them on in order, and return their CRC-32.
@@ -118,8 +125,8 @@ class RangeReader:
         """Make one request for [begin, end) and yield what comes, never more than that."""
         address = self._locate()
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        if self._etag is not None and not self._etag.startswith("W/"):
-            headers["If-Range"] = self._etag
+        if self.etag is not None and not self.etag.startswith("W/"):
+            headers["If-Range"] = self.etag
         try:
             with _request("GET", address, headers) as answer:
                 self._check(answer, address, begin, end)
@@ -147,7 +154,7 @@ class RangeReader:
             raise _Again(f"HTTP {status}", wrong=True)
         if status == 200 and not self._had_range:
             raise NoRangesError
-        if status in (200, 412, 416) or (status == 206 and self._etag not in (None, etag)):
+        if status in (200, 412, 416) or (status == 206 and self.etag not in (None, etag)):
             raise self._changed()
         if status != 206:
             raise self._refused(status)
@@ -159,7 +166,7 @@ class RangeReader:
             raise _Again("another length than was asked for", wrong=True)
         with self._lock:
             self._had_range = True
-            self._etag = etag
+            self.etag = etag
 
     def _locate(self) -> _Address:
         """Ask the Hub where the file is, once; its own answer may be the file itself."""
@@ -197,8 +204,8 @@ class RangeReader:
             "the Hub refuses the file", where=self.shown, found=f"HTTP {status}", hint=HINTS.get(status, "run again")
         )
 
-    def _changed(self) -> HubError:
-        return HubError(
+    def _changed(self) -> ChangedError:
+        return ChangedError(
             "the file changed on the Hub while it was read",
             where=self.shown,
             hint="run again; or with --full, which compares the whole file with its checksum",
