@@ -166,7 +166,7 @@ def _averaged(weights: Weights) -> dict[str, Located]:
 
 
 def _dotted(flat: str) -> str | None:
-    """Put dots back into a U-Net's name: ``input_blocks100in_layers0bias`` is ``input_blocks.10.0.in_layers.0.bias``."""
+    """Put the dots back into a name: ``input_blocks100in_layers0bias`` is ``input_blocks.10.0.in_layers.0.bias``."""
     tokens = _TOKEN.findall(flat)
     if "".join(tokens) != flat:
         return None
