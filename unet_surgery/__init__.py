@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
-    from unet_surgery.api import ModelReport, PruneResult, check, inspect_model, plan, prune
+    from unet_surgery.api import ExportResult, ModelReport, PruneResult, check, export, inspect_model, plan, prune
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
+    "ExportResult": "unet_surgery.api",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
@@ -36,6 +37,7 @@ _HOMES = {
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
     "draw": "unet_surgery.picture",
+    "export": "unet_surgery.api",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
@@ -46,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "CheckReport",
+    "ExportResult",
     "ModelReport",
     "PruneResult",
     "Recipe",
@@ -55,6 +58,7 @@ __all__ = [
     "__version__",
     "check",
     "draw",
+    "export",
     "inspect_model",
     "load_recipe",
     "load_unet",

@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check, export. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[/folder][@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -16,6 +16,7 @@ from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
+from unet_surgery.checkpoint.ldm.export import ExportResult, export
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.student import StudentOptions, check_output, write_student
@@ -50,10 +51,12 @@ from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_f
 from unet_surgery.version import __version__
 
 __all__ = [
+    "ExportResult",
     "ModelReport",
     "PruneResult",
     "check",
     "copy_recipe",
+    "export",
     "inspect_model",
     "parse_size",
     "plan",

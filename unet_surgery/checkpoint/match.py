@@ -37,8 +37,12 @@ def check_shapes(
     where: str,
     source: str = "config.json",
     error: type[SurgeryError] = WeightsMismatchError,
+    hint: str | None = None,
+    recognise: bool = True,
 ) -> None:
     """Check that ``found`` has exactly the tensors and shapes of ``expected``, which ``source`` claims.
+
+    With ``recognise``, names that are not expected are looked at: they may be of another kind of model.
 
     Raises:
         WeightsMismatchError (or ``error``): names the first missing, unexpected and misshaped tensors, and counts.
@@ -57,13 +61,13 @@ def check_shapes(
         first = wrong[0]
         shapes = f"{first} is {printable(list(found[first]))}, expected {list(expected[first])}"
         problems.append(f"{len(wrong)} of another shape ({shapes})")
-    what = recognise_names(extra)
+    what = recognise_names(extra) if recognise else None
     raise error(
         f"the weights do not fit {source}",
         where=where,
         expected=f"{len(expected)} tensors, as {source} says",
         found="; ".join(problems) + (f". This looks like {what}" if what else ""),
-        hint=f"check that weights and {source} are of the same model",
+        hint=hint or f"check that weights and {source} are of the same model",
     )
 
 

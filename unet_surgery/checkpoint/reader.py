@@ -48,10 +48,10 @@ class Located(NamedTuple):
 class Weights:
     """The tensors of one component. A context manager: files stay open until it is left."""
 
-    def __init__(self, files: list[OpenFile]) -> None:
+    def __init__(self, files: list[OpenFile], tensors: Mapping[str, Located] | None = None) -> None:
         self.files = files
-        self._where: dict[str, Located] = {}
-        for file in files:
+        self._where: dict[str, Located] = dict(tensors or {})
+        for file in files if tensors is None else ():
             for name, info in file.header.tensors.items():
                 if name in self._where:
                     self.close()
@@ -61,6 +61,13 @@ class Weights:
                         found=f"also in {self._where[name].file.path.name}",
                     )
                 self._where[name] = Located(file, info, name)
+
+    def renamed(self, tensors: Mapping[str, Located]) -> Weights:
+        """Return a view of the same open files with other names, and other tensors cut out of theirs.
+
+        The view and these weights close the same files: leave only one of them.
+        """
+        return Weights(self.files, tensors)
 
     def close(self) -> None:
         """Close the files; nothing can be read any more."""

@@ -10,6 +10,7 @@ from unet_surgery import __version__
 from unet_surgery.cli.check import check
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
+from unet_surgery.cli.export import export
 from unet_surgery.cli.inspect import inspect
 from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
@@ -51,6 +52,7 @@ app.command()(draw)
 app.command()(prune)
 app.command()(check)
 app.command()(verify)
+app.command()(export)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 
