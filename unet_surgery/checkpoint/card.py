@@ -29,8 +29,8 @@ class CardFacts:
     """What the card says besides the plan: version of this package, kind of folder, licence, options of the run.
 
     ``options`` are those that, with recipe and teacher, make the same files again; ``address`` is how to name that
-    teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's.
-    Without ``compared`` the card says that only parts of the teacher's file were fetched.
+    teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's,
+    except the weights of ``own_parts``. ``assumed`` is what the teacher's file does not say of its config. Without ``compared`` the card says that only parts of the teacher's file were fetched.
     """
 
     version: str
@@ -40,6 +40,8 @@ class CardFacts:
     normalized: tuple[str, ...] = ()
     address: str | None = None
     base: str | None = None
+    own_parts: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     compared: bool = True
 
 
@@ -218,6 +220,12 @@ def _limits(plan: SurgeryPlan, facts: CardFacts) -> str:
             + ", ".join(f"`{name}`" for name in facts.normalized)
             + ". No value was changed."
         )
+    if facts.assumed:
+        items.append(
+            "The teacher was a single file without a config. Not in its weights, and taken as in the published models: "
+            + "; ".join(facts.assumed)
+            + "."
+        )
     if plan.teacher_id == LOCAL:
         items.append("The teacher was a local folder; this card cannot say which model it was.")
     return "\n".join(f"- {item}" for item in items)
@@ -255,6 +263,9 @@ def _licence(plan: SurgeryPlan, facts: CardFacts) -> str:
 def _notice(plan: SurgeryPlan, facts: CardFacts) -> str:
     mended = ", ".join(f"`{name}`" for name in facts.normalized)
     whose = "the teacher's" if facts.base is None else f"those of `{facts.base}`, under its licence"
+    if facts.own_parts:
+        own = ", ".join(f"`{name}`" for name in facts.own_parts)
+        whose += f"; the weights of {own} are the teacher's own"
     rest = f" except {mended}, which store the same values in another layout" if mended else ""
     dtype = f", its weights converted to {plan.dtype}" if plan.dtype is not None else ""
     return (

@@ -7,15 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.checkpoint.components import INDEX, read_components
+from unet_surgery.checkpoint.components import read_components
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.jsonfile import MAX_JSON_BYTES, read_object, read_regular
 from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
-from unet_surgery.checkpoint.normalize import Content, mendings
+from unet_surgery.checkpoint.part_files import PartFiles, part_files, same_file
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
 from unet_surgery.checkpoint.teacher import TeacherFolder
@@ -123,7 +122,7 @@ def check_student(
         with teacher.open_weights() as originals:
             _check_identity(plan, originals, teacher)
             num_bytes = _compare(plan, weights, originals, unet, progress)
-        files = _compare_components(folder, teacher) if unet != folder else 0
+            files = _compare_parts(folder, part_files(teacher, originals)) if unet != folder else 0
         return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
 
 
@@ -297,60 +296,22 @@ def _chunks(weights: Weights, name: str, size: int = CHUNK_BYTES) -> Iterator[by
         yield os.pread(file.fd, min(size, info.num_bytes - start), info.offset + start)
 
 
-def _compare_components(folder: Path, teacher: TeacherFolder) -> int:
-    """Compare what was copied with the teacher's; a file may also be what --normalize makes of the teacher's."""
-    pipeline = teacher.pipeline
-    if pipeline is None:
-        return 0
-    components = teacher.components()
-    mended = {
-        f"{mending.component}/{name}": content
-        for mending in mendings(components, pipeline.variant, max_header_bytes=teacher.max_header_bytes)
-        for name, content in mending.files.items()
-    }
-    copied = {INDEX: pipeline.root / INDEX}
-    copied |= {f"{c.name}/{target}": c.folder / source for c in components for source, target in c.files.items()}
-    for component in components:
+def _compare_parts(folder: Path, parts: PartFiles) -> int:
+    """Compare the other parts with the teacher's; a file may also be what --normalize makes of the teacher's."""
+    for component in parts.components:
         for path in sorted((folder / component.name).iterdir()):
-            if f"{component.name}/{path.name}" not in copied | mended:
+            if f"{component.name}/{path.name}" not in {**parts.files, **parts.mended}:
                 raise VerificationError(
                     "a file that the teacher does not have", where=str(path), hint="remove it, or prune again"
                 )
-    for name in copied | mended:
+    for name in {**parts.files, **parts.mended}:
         copy = folder / name
-        if name not in copied and not copy.exists():
+        if name not in parts.files and not copy.exists():
             continue  # a file that only --normalize adds
-        same = copy.is_file() and (
-            (name in copied and _same_file(copied[name], copy)) or (name in mended and _holds(copy, mended[name]))
-        )
-        if not same:
+        forms = [files[name] for files in (parts.files, parts.mended) if name in files]
+        if not copy.is_file() or not any(same_file(form, copy) for form in forms):
             raise VerificationError("a copied file differs from the teacher's", where=str(copy), hint="prune again")
-    return len(copied)
-
-
-def _holds(path: Path, content: Content) -> bool:
-    with path.open("rb") as file:
-        if file.read(len(content.head)) != content.head:
-            return False
-        if content.source is None:
-            return not file.read(1)
-        with content.source.open("rb") as source:
-            source.seek(content.offset)
-            return _same_rest(source, file)
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    if a.stat().st_size != b.stat().st_size:
-        return False
-    with a.open("rb") as first, b.open("rb") as second:
-        return _same_rest(first, second)
-
-
-def _same_rest(first: BinaryIO, second: BinaryIO) -> bool:
-    while chunk := first.read(CHUNK_BYTES):
-        if chunk != second.read(CHUNK_BYTES):
-            return False
-    return not second.read(1)
+    return len(parts.files)
 
 
 def _differing(what: str, names: list[str], unet: Path) -> VerificationError:

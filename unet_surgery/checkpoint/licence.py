@@ -75,8 +75,10 @@ class Licence:
         return any(text in _known_texts() for text in self.files.values() if _RESTRICTIONS.search(text))
 
 
-def find_licence(root: Path, *, family: str | None, given: str | None = None) -> Licence:
-    """Return the licence of the teacher in ``root``; ``given`` names it where its card does not.
+def find_licence(root: Path | None, *, family: str | None, given: str | None = None) -> Licence:
+    """Return the licence of the teacher whose card is in ``root`` (None: it has none).
+
+    ``given`` names it where the card does not.
 
     Raises:
         UsageError: ``given`` is no identifier, or contradicts the teacher's card.
@@ -87,7 +89,7 @@ def find_licence(root: Path, *, family: str | None, given: str | None = None) ->
             expected="one as the Hub writes them, such as creativeml-openrail-m",
             found=printable(given),
         )
-    card = _read_card(root / CARD)
+    card = {} if root is None else _read_card(root / CARD)
     named = card.get("license")
     if named is not None and named.lower() in _NOTHING:
         named = None
@@ -97,13 +99,13 @@ def find_licence(root: Path, *, family: str | None, given: str | None = None) ->
     if given is not None and named not in (None, given):
         raise UsageError(
             "the teacher's card names another licence, and a student carries its teacher's",
-            where=str(root / CARD),
+            where=str(root and root / CARD),
             expected=named,
             found=given,
             hint="leave --license out",
         )
     identifier = named or given
-    files = _files(root)
+    files = {} if root is None else _files(root)
     if not any(_TEXT.match(name) for name in files):  # a NOTICE is no licence
         files |= _bundled_text(identifier, family)
     return Licence(identifier, card.get("license_name"), card.get("license_link"), files, card.get("pipeline_tag"))

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.card import PICTURE, CardFacts, write_card
-from unet_surgery.checkpoint.components import INDEX, Component
+from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE, is_weights_file
 from unet_surgery.checkpoint.licence import CARD, find_licence, is_licence_file
-from unet_surgery.checkpoint.normalize import Content, Mending, mendings
+from unet_surgery.checkpoint.part_files import PartFiles, part_files, size_of, write_part_file
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, write_weights
-from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_few
+from unet_surgery.errors import OutputError, SurgeryError, first_few
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 from unet_surgery.picture import draw
 
@@ -68,27 +67,28 @@ def write_student(
         TeacherError: the teacher is damaged or changed meanwhile.
         UsageError: ``options.license`` contradicts the teacher's card.
     """
-    whole = None if options.unet_only else teacher.pipeline
-    pipeline = whole is not None
-    components = () if whole is None else teacher.components()
-    faults = () if whole is None else mendings(components, whole.variant, max_header_bytes=teacher.max_header_bytes)
-    mended = faults if options.normalize else ()
-    licence = find_licence(teacher.root, family=plan.family, given=options.license)
-    files = dict(_component_files(components, mended))
+    parts = PartFiles() if options.unet_only else part_files(teacher, weights)
+    pipeline = INDEX in parts.files
+    mended = parts.mended if options.normalize else {}
+    files = {**parts.files, **mended}
+    licence = find_licence(teacher.cards, family=plan.family, given=options.license)
     facts = CardFacts(
         options.version,
         pipeline,
         licence,
         _again(plan, teacher, options),
-        _mended_names(mended),
+        tuple(mended),
         address=teacher.address,
         base=None if teacher.base is None else teacher.base.name,
+        own_parts=parts.own,
+        assumed=teacher.assumed,
         compared=options.compared,
     )
     texts: dict[str, bytes] = {name: text.encode("utf-8") for name, text in licence.files.items()}
     texts |= {RECIPE: recipe_yaml.encode(), CARD: write_card(plan, facts).encode("utf-8")}
     texts |= {PICTURE: draw(plan).encode("utf-8"), PLAN: plan.to_json().encode()}  # the plan last: _check_untouched
-    total = plan.student_bytes + sum(_size(content) for content in files.values() if not _links(content, options))
+    written = [file for file in files.values() if not (options.link and isinstance(file, Path))]
+    total = plan.student_bytes + sum(map(size_of, written))
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
         _check_space(staging.folder, total + sum(map(len, texts.values())))
@@ -101,24 +101,22 @@ def write_student(
 
         root = staging.folder
         unet = root / "unet" if pipeline else root
-        if whole is not None:
+        if pipeline:
             disk.make_folder(unet)
-            _copy(whole.root / INDEX, root / INDEX, _ignore)
         disk.write_file(unet / CONFIG, config_text(plan))
         write_weights(plan, weights, unet, max_shard_bytes=options.max_shard_bytes, on_bytes=on_bytes)
-        for component in components:
+        for component in parts.components:
             disk.make_folder(root / component.name)
-        for name, content in files.items():
-            _write_component_file(content, root / name, options, on_bytes)
+        for name, file in files.items():
+            write_part_file(file, root / name, link=options.link and name != INDEX, on_bytes=on_bytes)
         for name, data in texts.items():
             disk.write_file(root / name, data)
         weights.check_unchanged()
-        for component in components:
-            component.check_unchanged()
+        parts.check_unchanged()
         staging.commit()
     if licence.id is None:
         log.warning("the teacher names no licence, so the card has none: name it with --license before you publish")
-    for fault in faults if not options.normalize else ():
+    for fault in parts.faults if not options.normalize else ():
         log.warning("%s was copied with a fault: %s; --normalize mends it", fault.component, fault.fault)
 
 
@@ -133,22 +131,6 @@ def check_output(out: Path, teacher: TeacherFolder, options: StudentOptions, num
     _check_space(out, num_bytes)
 
 
-def _mended_names(mended: Sequence[Mending]) -> tuple[str, ...]:
-    return tuple(f"{mending.component}/{name}" for mending in mended for name in mending.files)
-
-
-def _component_files(
-    components: Sequence[Component], mended: Sequence[Mending]
-) -> Iterator[tuple[str, Path | Content]]:
-    """Yield path in the student → the teacher's file that is copied there, or what is written instead."""
-    for component in components:
-        for source, target in component.files.items():
-            yield f"{component.name}/{target}", component.folder / source
-    for mending in mended:
-        for name, content in mending.files.items():
-            yield f"{mending.component}/{name}", content
-
-
 def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -> tuple[str, ...]:
     """Return the options that make the same files again; a variant is only named where it was."""
     words: list[str] = []
@@ -156,6 +138,8 @@ def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -
         words += ["--variant", teacher.variant]
     if teacher.base is not None and not options.unet_only:
         words += ["--base", teacher.base.name]
+    if teacher.config_from is not None:
+        words += ["--config", teacher.config_from]
     if plan.dtype is not None:
         words += ["--dtype", next(name for name, dtype in DTYPES.items() if dtype == plan.dtype)]
     if options.unet_only:
@@ -233,74 +217,6 @@ def _is_own(folder: Path, name: str) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return is_licence_file(name) and f"]({name.replace(' ', '%20')})" in card
-
-
-def _size(content: Path | Content) -> int:
-    if isinstance(content, Path):
-        return content.stat().st_size
-    return len(content.head) + (0 if content.source is None else content.source.stat().st_size - content.offset)
-
-
-def _links(content: Path | Content, options: StudentOptions) -> bool:
-    return options.link and isinstance(content, Path)
-
-
-def _write_component_file(
-    content: Path | Content, target: Path, options: StudentOptions, on_bytes: disk.OnBytes
-) -> None:
-    if isinstance(content, Content):
-        _write_content(content, target, on_bytes)
-    elif options.link:
-        _link(content, target)
-    else:
-        _copy(content, target, on_bytes)
-
-
-def _write_content(content: Content, target: Path, on_bytes: disk.OnBytes) -> None:
-    fd = disk.create(target)
-    try:
-        disk.write(fd, content.head)
-        on_bytes(len(content.head))
-        if content.source is not None:
-            with content.source.open("rb") as source:
-                length = os.fstat(source.fileno()).st_size - content.offset
-                disk.copy_range(source.fileno(), content.offset, length, fd, on_bytes)
-        disk.fsync(fd)
-    except EOFError:
-        raise _ended(str(content.source)) from None
-    finally:
-        os.close(fd)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        disk.hard_link(source, target)
-    except OSError as error:
-        raise OutputError(
-            "the file cannot be hard-linked",
-            where=str(source),
-            found=error.strerror,
-            hint="leave --link out to copy it (both must be on one file system to link)",
-        ) from error
-
-
-def _copy(source: Path, target: Path, on_bytes: disk.OnBytes) -> None:
-    before = source.stat()
-    try:
-        disk.copy_file(source, target, on_bytes)
-    except EOFError:
-        raise _ended(str(source)) from None
-    after = source.stat()
-    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
-        raise TeacherError("the teacher changed while it was read", where=str(source), hint="run again")
-
-
-def _ignore(_: int) -> None:
-    """The index is too small to count."""
-
-
-def _ended(where: str) -> TeacherError:
-    return TeacherError("a file of the teacher ended while it was read", where=where, hint="run again")
 
 
 def _check_apart(out: Path, teacher: TeacherFolder) -> None:

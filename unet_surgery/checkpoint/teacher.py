@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.jsonfile import kind_of, read_object
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights
 from unet_surgery.checkpoint.reader import Weights, open_weights
+from unet_surgery.checkpoint.tensorfile import OutTensor
 from unet_surgery.errors import ContainerError, TeacherError, UsageError, first_few, printable
 from unet_surgery.graph.config import DEFAULTS
 
@@ -40,6 +41,13 @@ class WeightsSource(Protocol):
         """Open them, each header of at most ``max_header_bytes``; TeacherError if they are missing or damaged."""
 
 
+class PartsSource(Protocol):
+    """A single file that may hold other parts of a pipeline besides the U-Net."""
+
+    def parts(self, weights: Weights) -> Mapping[str, Sequence[OutTensor]]:
+        """Return component → the tensors of its own that the file, open as ``weights``, has for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class LocalWeights:
     """Weights in a folder."""
@@ -55,8 +63,12 @@ class LocalWeights:
 class TeacherFolder:
     """A teacher. ``weights`` is None where only config.json is there, which is enough to plan.
 
-    ``commit`` is the commit of the Hub's repository that it is of, ``address`` what one writes to mean the same again.
-    ``base`` is the pipeline that brings the other parts where this is a U-Net alone.
+    ``cards`` is the folder whose card and licence are this model's. ``commit`` is the commit of the Hub's repository that
+    it is of, ``address`` what one writes to mean the same again. ``base`` is the pipeline that brings the other parts
+    where this is a U-Net alone.
+
+    Of a single file, ``root`` and ``unet`` are that file, ``assumed`` is what of the config is not in it, ``single``
+    says which other parts are, and ``config_from`` is where the config was taken from, if from elsewhere.
     """
 
     root: Path
@@ -70,6 +82,10 @@ class TeacherFolder:
     commit: str | None = None
     address: str | None = None
     base: TeacherFolder | None = None
+    cards: Path | None = None
+    assumed: tuple[str, ...] = ()
+    single: PartsSource | None = None
+    config_from: str | None = None
 
     @property
     def name(self) -> str:
@@ -91,6 +107,10 @@ class TeacherFolder:
         if pipeline is None:
             return ()
         return read_components(pipeline.root, pipeline.variant, max_header_bytes=self.max_header_bytes)
+
+    def own_parts(self, weights: Weights) -> Mapping[str, Sequence[OutTensor]]:
+        """Return the components that a single file, whose ``weights`` are open, brings itself: name → tensors."""
+        return {} if self.single is None else self.single.parts(weights)
 
     def with_base(self, base: TeacherFolder) -> TeacherFolder:
         """Return this U-Net with the other parts of the pipeline ``base``.
@@ -187,6 +207,7 @@ def open_teacher(
         max_header_bytes=max_header_bytes,
         commit=commit,
         address=address,
+        cards=path,
     )
 
 

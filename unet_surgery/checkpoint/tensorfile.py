@@ -47,6 +47,25 @@ class OutTensor:
     def num_bytes(self) -> int:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
+    def chunks(self, size: int = CAST_CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the bytes that are written for it, from pieces of ``size`` bytes of its sources.
+
+        Raises:
+            TeacherError: as :func:`write_tensors`.
+        """
+        content = self.content
+        if content is None:
+            for start in range(0, self.num_bytes, len(ZEROS)):
+                yield ZEROS[: self.num_bytes - start]
+        elif isinstance(content, bytes):
+            yield content
+        elif isinstance(content, Transposed):
+            yield _as(self.dtype, content.matrix, _transposed(content.matrix))
+        else:
+            for source in content:
+                for start in range(0, source.info.num_bytes, size):
+                    yield _as(self.dtype, source, _read(source, start, min(size, source.info.num_bytes - start)))
+
 
 def in_file_order(tensors: Iterable[OutTensor]) -> list[OutTensor]:
     """Return the tensors in the order in which they are written."""
@@ -75,16 +94,10 @@ def write_tensors(fd: int, tensors: Sequence[OutTensor], on_bytes: disk.OnBytes)
     for piece in _pieces(tensors):
         if isinstance(piece, _Range):
             _copy(piece, fd, on_bytes)
-        elif piece.content is None:
-            _write_zeros(fd, piece.num_bytes, on_bytes)
-        elif isinstance(piece.content, bytes):
-            disk.write(fd, piece.content)
-            on_bytes(len(piece.content))
-        elif isinstance(piece.content, Transposed):
-            _write_transposed(fd, piece.dtype, piece.content.matrix, on_bytes)
         else:
-            for source in piece.content:
-                _write_cast(fd, piece.dtype, source, on_bytes)
+            for chunk in piece.chunks():
+                disk.write(fd, chunk)
+                on_bytes(len(chunk))
     disk.fsync(fd)
 
 
@@ -130,17 +143,13 @@ def _cut_short(file: OpenFile) -> TeacherError:
     return TeacherError("the teacher's file ended while it was read", where=str(file.path), hint="run again")
 
 
-def _write_zeros(fd: int, num_bytes: int, on_bytes: disk.OnBytes) -> None:
-    for start in range(0, num_bytes, len(ZEROS)):
-        piece = ZEROS[: num_bytes - start]
-        disk.write(fd, piece)
-        on_bytes(len(piece))
-
-
-def _write_cast(fd: int, dtype: str, source: Located, on_bytes: disk.OnBytes) -> None:
+def _as(dtype: str, source: Located, data: bytes) -> bytes:
+    """Return values of ``source`` as values of ``dtype``."""
+    file, info, name = source
+    if info.dtype == dtype:
+        return data
     from unet_surgery.checkpoint.cast import CAST_DTYPES, cast  # numpy, which plain copies do without
 
-    file, info, name = source
     if info.dtype not in CAST_DTYPES:
         raise TeacherError(
             f"a tensor of dtype {info.dtype} cannot be converted to {dtype}",
@@ -148,28 +157,19 @@ def _write_cast(fd: int, dtype: str, source: Located, on_bytes: disk.OnBytes) ->
             expected=" or ".join(CAST_DTYPES),
             hint="leave --dtype out to copy it as it is",
         )
-    for start in range(0, info.num_bytes, CAST_CHUNK_BYTES):
-        data = _read(source, start, min(CAST_CHUNK_BYTES, info.num_bytes - start))
-        try:
-            converted = cast(data, info.dtype, dtype)
-        except SurgeryError as error:
-            raise error.at(f"{file.path}, tensor {name}") from None
-        disk.write(fd, converted)
-        on_bytes(len(converted))
+    try:
+        return cast(data, info.dtype, dtype)
+    except SurgeryError as error:
+        raise error.at(f"{file.path}, tensor {name}") from None
 
 
-def _write_transposed(fd: int, dtype: str, source: Located, on_bytes: disk.OnBytes) -> None:
+def _transposed(matrix: Located) -> bytes:
     import numpy as np
 
-    from unet_surgery.checkpoint.cast import cast
-
-    info = source.info
-    rows, columns = info.shape
-    item_bytes = DTYPE_BITS[info.dtype] // 8
-    values = np.frombuffer(_read(source, 0, info.num_bytes), dtype=f"V{item_bytes}").reshape(rows, columns)
-    data = np.ascontiguousarray(values.T).tobytes()
-    disk.write(fd, data if info.dtype == dtype else cast(data, info.dtype, dtype))
-    on_bytes(len(data))
+    rows, columns = matrix.info.shape
+    item_bytes = DTYPE_BITS[matrix.info.dtype] // 8
+    values = np.frombuffer(_read(matrix, 0, matrix.info.num_bytes), dtype=f"V{item_bytes}").reshape(rows, columns)
+    return values.T.tobytes()
 
 
 def _read(source: Located, start: int, length: int) -> bytes:
