@@ -16,11 +16,13 @@ from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
+from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.ldm.export import ExportResult, export
+from unet_surgery.checkpoint.ldm.teacher import GivenConfig, open_single_file
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.student import StudentOptions, check_output, write_student
-from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
+from unet_surgery.checkpoint.teacher import MAX_CONFIG_BYTES, TeacherFolder, is_hub_id, open_teacher
 from unet_surgery.checkpoint.tensorfile import source_ranges
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, student_tensors
 from unet_surgery.errors import (
@@ -102,7 +104,11 @@ def no_progress(_done: int, _total: int) -> None:
 
 
 def inspect_model(
-    teacher: str | Path, *, variant: str | None = None, max_header: str | int = MAX_HEADER_BYTES
+    teacher: str | Path,
+    *,
+    variant: str | None = None,
+    config: str | Path | None = None,
+    max_header: str | int = MAX_HEADER_BYTES,
 ) -> ModelReport:
     """Describe a teacher's U-Net from its config and, where there are weights, their header.
 
@@ -112,8 +118,9 @@ def inspect_model(
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
-    opened = _open(resolve_teacher(_named(teacher), variant=variant), max_header=max_header)
-    config, graph = _graph(opened)
+    opened = _open(resolve_teacher(_named(teacher), variant=variant), max_header=max_header, config=config)
+    _say_assumed(opened)
+    config_of_it, graph = _graph(opened)
     stored = None
     with _header(opened) as weights:
         if weights is not None:
@@ -126,8 +133,8 @@ def inspect_model(
         latent_size=graph.latent_size,
         counts=count(graph),
         weights=stored,
-        unknown_keys=config.unknown_keys,
-        nodes=report_nodes(config, graph),
+        unknown_keys=config_of_it.unknown_keys,
+        nodes=report_nodes(config_of_it, graph),
     )
 
 
@@ -138,11 +145,13 @@ def plan(
     variant: str | None = None,
     dtype: str | None = None,
     teacher_id: str | None = None,
+    config: str | Path | None = None,
     max_header: str | int = MAX_HEADER_BYTES,
 ) -> SurgeryPlan:
     """Decide the surgery of ``recipe`` on ``teacher`` (default: the recipe's own) without writing anything.
 
-    Reads the config and the weights' header; a folder with config.json alone is enough.
+    Reads the config and the weights' header; a folder with config.json alone is enough. Of a single file the config is
+    inferred; ``config`` (a config.json, or a model whose U-Net has it) is taken instead.
 
     Raises:
         RecipeError: the recipe is wrong, for another family, or asks for what stock diffusers cannot express.
@@ -150,7 +159,8 @@ def plan(
     """
     chosen = _recipe(recipe)
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
-    opened = _open(found, teacher_id, max_header=max_header)
+    opened = _open(found, teacher_id, max_header=max_header, config=config)
+    _say_assumed(opened)
     with _header(opened) as weights:
         return _plan(chosen, opened, weights, dtype)
 
@@ -190,6 +200,7 @@ def prune(
     max_header: str | int = MAX_HEADER_BYTES,
     full: bool = False,
     base: str | Path | None = None,
+    config: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Write the student of ``recipe`` and ``teacher`` to ``out`` (default: ``./<teacher>-<recipe>``).
@@ -200,7 +211,8 @@ def prune(
     cannot read of them. ``license`` names the teacher's licence where its card does not. ``progress`` gets bytes done
     and in all.
 
-    Where the teacher is a U-Net alone, ``base`` is a pipeline whose other parts the student gets.
+    Where the teacher is a U-Net alone or a single file, ``base`` is a pipeline whose other parts the student gets;
+    weights of these that a single file holds itself come from the file. ``config`` as in :func:`plan`.
 
     Of a teacher on the Hub only the bytes that the student keeps are fetched, unless the Hub cache holds the file or
     ``full`` asks for the whole of it, which is then compared with its checksum.
@@ -222,11 +234,15 @@ def prune(
         license=license,
     )
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
+    others = None if base is None else resolve_teacher(_named(base), variant=None if found.file else variant)
     # What is wrong with recipe, config or header is found before gigabytes are made or fetched.
-    early = _open(found, teacher_id, max_header=max_header, config_only=found.remote is None)
-    others = None if base is None else resolve_teacher(_named(base), variant=variant)
-    if others is not None:
-        early.with_base(_open(others, config_only=True))
+    offered = None if others is None else _open(others, config_only=True)
+    early = _open(
+        found, teacher_id, max_header=max_header, config_only=found.remote is None, config=config, offered=offered
+    )
+    if offered is not None:
+        early.with_base(offered)
+    _say_assumed(early)
     with _header(early) as weights:
         decided = _plan(chosen, early, weights, dtype)
         by_range = weights is not None
@@ -234,7 +250,7 @@ def prune(
     if found.hub is not None:
         check_output(target, early, options, decided.student_bytes)
     found = fetch_teacher(found, unet_only=unet_only, full=full or not by_range, progress=progress)
-    opened = _open(found, teacher_id, max_header=max_header)
+    opened = _open(found, teacher_id, max_header=max_header, config=config, offered=offered)
     if others is not None and not unet_only:
         opened = opened.with_base(_parts_of(others, progress))
     transfer = found.transfer
@@ -365,10 +381,27 @@ def _open(
     *,
     config_only: bool = False,
     max_header: str | int = MAX_HEADER_BYTES,
+    config: str | Path | None = None,
+    offered: TeacherFolder | None = None,
 ) -> TeacherFolder:
+    """Describe the teacher; a single file by ``config``, else by that of ``offered`` if it is of the same shapes."""
     if teacher_id is not None and not is_hub_id(teacher_id):
         raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
+    if config is not None and found.file is None:
+        raise UsageError("the teacher has a config.json of its own", hint="leave --config out: it is for single files")
     try:
+        if found.file is not None:
+            return open_single_file(
+                found.file,
+                variant=found.variant,
+                config=_given_config(config, offered),
+                weights=found.remote,
+                cards=None if found.hub is None else found.folder,
+                teacher_id=teacher_id or found.teacher_id,
+                max_header_bytes=parse_size(max_header),
+                commit=found.commit,
+                address=found.address,
+            )
         return open_teacher(
             found.folder,
             variant=found.variant,
@@ -386,11 +419,27 @@ def _open(
         ) from error
 
 
+def _given_config(config: str | Path | None, offered: TeacherFolder | None) -> GivenConfig | None:
+    if config is None:
+        return None if offered is None else GivenConfig(offered.config, offered.name, offered=True)
+    path = Path(config)
+    if path.suffix == ".json" and path.is_file():
+        return GivenConfig(read_object(path, MAX_CONFIG_BYTES), path.name)
+    model = _open(resolve_teacher(_named(config)), config_only=True)
+    return GivenConfig(model.config, model.name)
+
+
+def _say_assumed(teacher: TeacherFolder) -> None:
+    if teacher.assumed:
+        lines = "".join(f"\n  {line}" for line in teacher.assumed)
+        log.warning("what the weights of %s do not say was taken as follows:%s", teacher.unet.name, lines)
+
+
 def _graph(teacher: TeacherFolder) -> tuple[UNetConfig, UNetGraph]:
     try:
         config = parse_config(teacher.config)
     except ConfigError as error:
-        place = f"{teacher.unet / 'config.json'}"
+        place = str(teacher.unet / "config.json") if teacher.single is None else f"the config of {teacher.unet}"
         error.where = f"{place}, key {error.where}" if error.where else place
         raise
     return config, build(config)
@@ -427,7 +476,9 @@ def _fetch_kept(found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPla
     with teacher.open_weights() as weights:
         if any(source is not None and source not in weights for source in plan.weights.values()):
             return found.transfer or Transfer()  # another teacher's: who compares the two says so
-        wanted = source_ranges(student_tensors(plan, weights))
+        parts = {} if teacher.pipeline is None else teacher.own_parts(weights)
+        tensors = student_tensors(plan, weights) + [tensor for part in parts.values() for tensor in part]
+        wanted = source_ranges(tensors)
     total, done = found.remote.missing(wanted), 0
 
     def on_bytes(count: int) -> None:

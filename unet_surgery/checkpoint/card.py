@@ -30,7 +30,8 @@ class CardFacts:
 
     ``options`` are those that, with recipe and teacher, make the same files again; ``address`` is how to name that
     teacher where its id does not say all. ``base`` is the pipeline that the other parts are of, if not the teacher's,
-    except the weights of ``own_parts``. ``assumed`` is what the teacher's file does not say of its config. Without ``compared`` the card says that only parts of the teacher's file were fetched.
+    except the weights of ``own_parts``. ``assumed`` is what the teacher's file does not say of its config. Without
+    ``compared`` the card says that only parts of the teacher's file were fetched.
     """
 
     version: str
@@ -222,7 +223,7 @@ def _limits(plan: SurgeryPlan, facts: CardFacts) -> str:
         )
     if facts.assumed:
         items.append(
-            "The teacher was a single file without a config. Not in its weights, and taken as in the published models: "
+            "The teacher was a single file. What its weights do not say was taken as follows: "
             + "; ".join(facts.assumed)
             + "."
         )

@@ -63,8 +63,8 @@ class LocalWeights:
 class TeacherFolder:
     """A teacher. ``weights`` is None where only config.json is there, which is enough to plan.
 
-    ``cards`` is the folder whose card and licence are this model's. ``commit`` is the commit of the Hub's repository that
-    it is of, ``address`` what one writes to mean the same again. ``base`` is the pipeline that brings the other parts
+    ``cards`` is the folder whose card and licence are this model's, ``commit`` the Hub repository's commit that it is
+    of, ``address`` what one writes to mean the same again. ``base`` is the pipeline that brings the other parts
     where this is a U-Net alone.
 
     Of a single file, ``root`` and ``unet`` are that file, ``assumed`` is what of the config is not in it, ``single``

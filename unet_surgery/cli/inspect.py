@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Json, MaxHeader, TeacherArgument, Variant
+from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Config, Json, MaxHeader, TeacherArgument, Variant
 from unet_surgery.cli.sink import command, show, show_json, table
 
 __all__ = ["inspect"]
@@ -12,6 +12,7 @@ __all__ = ["inspect"]
 def inspect(
     teacher: TeacherArgument,
     variant: Variant = None,
+    config: Config = None,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +30,7 @@ def inspect(
     from unet_surgery.errors import first_few
     from unet_surgery.lower import quantity
 
-    report = inspect_model(teacher, variant=variant, max_header=max_header)
+    report = inspect_model(teacher, variant=variant, config=config, max_header=max_header)
     if as_json:
         show_json(asdict(report))
         return

@@ -10,6 +10,7 @@ __all__ = [
     "DEFAULT_MAX_HEADER",
     "Base",
     "Compared",
+    "Config",
     "Dtype",
     "Json",
     "MaxHeader",
@@ -24,7 +25,8 @@ __all__ = [
 DEFAULT_MAX_HEADER = "8MiB"
 
 TEACHER_HELP = (
-    "A diffusers folder (pipeline or U-Net), a Hub id org/name\\[/folder]\\[@revision], or a built-in name: "
+    "A diffusers folder (pipeline or U-Net), a single .safetensors file, a Hub id org/name\\[/folder or "
+    "/file]\\[@revision], or a built-in name: "
     "tiny-random, sd-v1-random, …"
 )
 
@@ -41,6 +43,10 @@ TeacherId = Annotated[str | None, typer.Option("--teacher-id", help="What the ca
 Base = Annotated[
     str | None,
     typer.Option("--base", help="A pipeline that brings the other parts, where the teacher is a U-Net alone."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", help="For a single file: the U-Net's config.json, or a model that has the same."),
 ]
 Variant = Annotated[str | None, typer.Option("--variant", help="Take the weights of this variant, such as fp16.")]
 Dtype = Annotated[

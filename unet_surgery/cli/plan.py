@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Dtype, Json, MaxHeader, RecipeName, Teacher, TeacherId, Variant
+from unet_surgery.cli.options import (
+    DEFAULT_MAX_HEADER,
+    Config,
+    Dtype,
+    Json,
+    MaxHeader,
+    RecipeName,
+    Teacher,
+    TeacherId,
+    Variant,
+)
 from unet_surgery.cli.sink import command, show, table
 
 if TYPE_CHECKING:
@@ -22,6 +32,7 @@ def plan(
     variant: Variant = None,
     dtype: Dtype = None,
     teacher_id: TeacherId = None,
+    config: Config = None,
     max_header: MaxHeader = DEFAULT_MAX_HEADER,
     as_json: Json = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph's differences, node by node.")] = False,
@@ -35,7 +46,9 @@ def plan(
     """
     from unet_surgery.api import plan as make
 
-    decided = make(recipe, teacher, variant=variant, dtype=dtype, teacher_id=teacher_id, max_header=max_header)
+    decided = make(
+        recipe, teacher, variant=variant, dtype=dtype, teacher_id=teacher_id, config=config, max_header=max_header
+    )
     if as_json:
         show(decided.to_json().rstrip("\n"))
     elif graph:

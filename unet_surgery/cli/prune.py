@@ -10,6 +10,7 @@ import typer
 from unet_surgery.cli.options import (
     DEFAULT_MAX_HEADER,
     Base,
+    Config,
     Dtype,
     MaxHeader,
     Quiet,
@@ -34,6 +35,7 @@ def prune(
         Path | None, typer.Option("--out", "-o", help="The student's folder. Default: ./<teacher>-<recipe>.")
     ] = None,
     base: Base = None,
+    config: Config = None,
     variant: Variant = None,
     dtype: Dtype = None,
     unet_only: Annotated[bool, typer.Option("--unet-only", help="Write the U-Net alone, not the pipeline.")] = False,
@@ -98,6 +100,7 @@ def prune(
             max_header=max_header,
             full=full,
             base=base,
+            config=config,
             progress=progress,
         )
     show(str(result.folder))

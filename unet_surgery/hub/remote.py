@@ -20,7 +20,7 @@ from unet_surgery.errors import HubError, OutputError
 from unet_surgery.hub.download import check_room, download
 from unet_surgery.hub.partial import PartialFile, Range, merged, total_bytes
 from unet_surgery.hub.repository import Repository
-from unet_surgery.hub.transport import ChangedError, RangeReader, Stopped
+from unet_surgery.hub.transport import ChangedError, NoRangesError, RangeReader, Stopped
 
 __all__ = ["RemoteWeights"]
 
@@ -70,6 +70,15 @@ class RemoteWeights:
         for file in weights.files:
             fcntl.flock(file.fd, fcntl.LOCK_SH)
         return weights
+
+    def has_ranges(self) -> bool:
+        """True if the server sends parts of a file; the first of them, which are needed anyway, are fetched to see."""
+        try:
+            for shard in self.shards:
+                self._fetch(shard, [Range(0, min(FIRST_BYTES, self._size(shard)))], _ignore)
+        except NoRangesError:
+            return False
+        return True
 
     def fetch(self, wanted: Mapping[str, Sequence[tuple[int, int]]], on_bytes: disk.OnBytes) -> int:
         """Fetch these ranges of the shards, as far as they are not here; return how many bytes that were.

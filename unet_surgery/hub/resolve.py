@@ -55,6 +55,7 @@ class Transfer:
 class ResolvedTeacher:
     """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders.
 
+    Of a single file, ``file`` is that (or what errors call it, where it lies on the Hub), and ``folder`` has its card.
     ``exact``: the folder may hold other variants than ``variant``, and only that one is meant. ``remote`` are the
     U-Net's weights where they lie on the Hub, ``transfer`` is what came from there.
     """
@@ -64,6 +65,7 @@ class ResolvedTeacher:
     name: str
     variant: str | None
     exact: bool = False
+    file: Path | None = None
     hub: HubTeacher | None = None
     remote: RemoteWeights | None = None
     transfer: Transfer | None = None
@@ -77,11 +79,12 @@ class ResolvedTeacher:
         """What one writes to mean this teacher again: None where its id says all."""
         if self.hub is None:
             return None
-        return f"{self.hub.repository.id}/{self.hub.inside}".rstrip("/") + f"@{self.hub.repository.commit}"
+        place = f"{self.hub.repository.id}/{self.hub.inside}{self.hub.file or ''}"
+        return f"{place.rstrip('/')}@{self.hub.repository.commit}"
 
 
 def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher:
-    """Find the teacher ``text``: an existing path, a built-in name, or ``org/name[/folder][@revision]`` of the Hub.
+    """Find the teacher ``text``: an existing path, a built-in name, or ``org/name[/path][@revision]`` of the Hub.
 
     Nothing large is made or fetched: configs are enough to plan.
 
@@ -90,6 +93,8 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         HubError: the Hub cannot be reached or has no such model.
     """
     path = Path(os.path.expanduser(text))
+    if path.is_file():
+        return ResolvedTeacher(path.parent, None, path.stem, variant, file=path)
     if path.exists():
         return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)), variant)
     if text in bundled_names():
@@ -100,7 +105,8 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
-        expected=f"a folder, a Hub id org/name[/folder][@revision], or one of {', '.join(bundled_names())}",
+        expected="a folder or a single file, a Hub id org/name[/folder or /file][@revision], or one of "
+        + ", ".join(bundled_names()),
         hint=_nearest(text),
     )
 
@@ -124,7 +130,8 @@ def fetch_teacher(
     """
     if found.hub is not None:
         num_bytes = found.hub.fetch(unet_only=unet_only, weights=not parts_only and (full or found.remote is None))
-        return replace(found, remote=None if full else found.remote, transfer=Transfer(num_bytes))
+        remote = None if full else found.remote
+        return replace(found, file=found.hub.path or found.file, remote=remote, transfer=Transfer(num_bytes))
     if found.teacher_id in bundled_names():
         return replace(found, folder=_made(found.teacher_id, progress))
     return found
@@ -132,14 +139,20 @@ def fetch_teacher(
 
 def _on_the_hub(repository: str, inside: str, revision: str | None, variant: str | None) -> ResolvedTeacher:
     teacher = find_hub_teacher(repository, inside, revision, variant)
+    remote = teacher.remote()
+    if teacher.file is not None and remote is not None and not remote.has_ranges():
+        log.warning("the Hub sends whole files only, and a single file's config is in its names: fetching all of it")
+        teacher.fetch(unet_only=True, weights=True)
+        remote = None
     return ResolvedTeacher(
         teacher.configs(),
         repository,
-        repository.rpartition("/")[2],
+        repository.rpartition("/")[2] if teacher.file is None else Path(teacher.file).stem,
         teacher.variant,
         exact=True,
+        file=teacher.path or (None if remote is None else remote.folder / remote.choice.file),
         hub=teacher,
-        remote=teacher.remote(),
+        remote=remote,
     )
 
 

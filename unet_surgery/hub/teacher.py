@@ -10,7 +10,7 @@ from pathlib import Path
 from unet_surgery.checkpoint.components import INDEX, component_names
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights, component_files, shard_files
 from unet_surgery.checkpoint.licence import CARD, is_licence_file
-from unet_surgery.errors import HubError, TeacherError, first_few
+from unet_surgery.errors import HubError, TeacherError, first_few, printable
 from unet_surgery.hub.download import cached_file, download, missing_bytes
 from unet_surgery.hub.partial import JOURNAL
 from unet_surgery.hub.remote import RemoteWeights
@@ -20,10 +20,12 @@ __all__ = ["HubTeacher", "find_hub_teacher"]
 
 log = logging.getLogger(__name__)
 
+SINGLE_FILE = ".safetensors"
+
 
 @dataclass(frozen=True, slots=True)
 class HubTeacher:
-    """A pipeline or a U-Net in a repository, below its folder ``inside`` ("" or ending in a slash).
+    """A pipeline or a U-Net in a repository, below its folder ``inside`` ("" or ending in a slash), or a ``file`` there.
 
     ``unet`` is the U-Net's folder there, in the same form. ``names`` are all files of the repository, or, without a
     network, those that the caches hold.
@@ -34,12 +36,18 @@ class HubTeacher:
     unet: str
     names: Sequence[str] = field(repr=False)
     asked_variant: str | None
+    file: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The single file in the Hub cache; None if this is a folder, or the cache has not all of it."""
+        return None if self.file is None else cached_file(self.repository, f"{self.inside}{self.file}")
 
     @property
     def variant(self) -> str | None:
         """The variant of the weights that are meant: by the repository's listing, whatever the cache holds."""
         choice = self._choice()
-        return self.asked_variant if choice is None else choice.variant
+        return self.asked_variant if choice is None or self.file is not None else choice.variant
 
     def configs(self) -> Path:
         """Fetch what a plan needs besides the weights' header, and return the teacher's folder in the cache.
@@ -47,8 +55,10 @@ class HubTeacher:
         Raises:
             HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
         """
-        names = [f"{self.inside}{INDEX}", f"{self.inside}{self.unet}config.json"]
-        return download(self.repository, [name for name in names if name in self.names]) / self.inside
+        wanted = [INDEX, f"{self.unet}config.json"] if self.file is None else self._cards()
+        names = [f"{self.inside}{name}" for name in wanted if f"{self.inside}{name}" in self.names]
+        folder = download(self.repository, names) if names else self.repository.folder
+        return folder / self.inside
 
     def remote(self) -> RemoteWeights | None:
         """Return the U-Net's weights as they lie on the Hub; None if there are none, or the cache has them whole."""
@@ -67,8 +77,8 @@ class HubTeacher:
             HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
             TeacherError: the repository holds no U-Net with safetensors weights.
         """
-        names = [f"{self.inside}{name}" for name in self._inside("") if name == CARD or is_licence_file(name)]
-        if f"{self.inside}{INDEX}" in self.names and not unet_only:
+        names = [f"{self.inside}{name}" for name in self._cards()]
+        if self.file is None and f"{self.inside}{INDEX}" in self.names and not unet_only:
             for part in component_names(self.configs()):
                 files = component_files(self._inside(f"{part}/"), self.asked_variant)
                 names += [f"{self.inside}{part}/{name}" for name in files]
@@ -85,8 +95,13 @@ class HubTeacher:
         except (TeacherError, HubError):  # a plan needs none
             return None
 
+    def _cards(self) -> list[str]:
+        return [name for name in self._inside("") if name == CARD or is_licence_file(name)]
+
     def _choose(self) -> WeightsChoice:
         """Without the Hub's listing, nothing may stand in for the weights that were asked for."""
+        if self.file is not None:
+            return WeightsChoice(self.file, sharded=False, variant=None)
         offline = self.repository.files is None
         try:
             return choose_weights(self._unet_names(), self.asked_variant, where=self._shown, exact=offline)
@@ -131,17 +146,33 @@ def find_hub_teacher(repository: str, inside: str, revision: str | None, variant
     names = list(found.files) if found.files is not None else _cached_names(found)
     if found.files is None:
         log.warning("the Hub cannot be reached; using the cached copy of %s", repository)
+    if inside.endswith(SINGLE_FILE):
+        return _single_file(found, inside, names, variant)
     start = f"{inside}/" if inside else ""
     is_pipeline = f"{start}{INDEX}" in names
     unet = "unet/" if is_pipeline or f"{start}unet/config.json" in names else ""
     if f"{start}{unet}config.json" not in names:
+        files = [name for name in names if name.startswith(start) and name.endswith(SINGLE_FILE)]
         raise TeacherError(
             "the repository holds no U-Net",
             where=f"{repository}/{inside}" if inside else repository,
             expected="unet/config.json or config.json",
             found=first_few(sorted(names)) or "an empty repository",
+            hint=f"for a single file: {repository}/{printable(files[0])}" if files else None,
         )
     return HubTeacher(found, start, unet, names, variant)
+
+
+def _single_file(repository: Repository, path: str, names: Sequence[str], variant: str | None) -> HubTeacher:
+    if path not in names:
+        files = sorted(name for name in names if name.endswith(SINGLE_FILE))
+        raise TeacherError(
+            "the repository holds no such file",
+            where=f"{repository.id}/{path}",
+            found=first_few(files) or f"no {SINGLE_FILE} files",
+        )
+    folder, slash, name = path.rpartition("/")
+    return HubTeacher(repository, folder + slash, "", names, variant, file=name)
 
 
 def _cached_names(repository: Repository) -> list[str]:

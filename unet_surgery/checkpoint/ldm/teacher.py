@@ -121,5 +121,5 @@ def _fits(given: GivenConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _assumed(found: SingleFile, taken: GivenConfig | None) -> tuple[str, ...]:
     if taken is not None:
-        return (f"its config, which is that of {taken.name}",)
+        return (f"the config is that of {taken.name}, which describes the same tensors",)
     return found.inferred.assumed
