@@ -421,12 +421,12 @@ def _open(
 
 def _given_config(config: str | Path | None, offered: TeacherFolder | None) -> GivenConfig | None:
     if config is None:
-        return None if offered is None else GivenConfig(offered.config, offered.name, offered=True)
+        return None if offered is None else GivenConfig(offered.config, offered.name, str(offered.unet), offered=True)
     path = Path(config)
     if path.suffix == ".json" and path.is_file():
-        return GivenConfig(read_object(path, MAX_CONFIG_BYTES), path.name)
+        return GivenConfig(read_object(path, MAX_CONFIG_BYTES), path.name, str(path))
     model = _open(resolve_teacher(_named(config)), config_only=True)
-    return GivenConfig(model.config, model.name)
+    return GivenConfig(model.config, model.name, str(model.unet / "config.json"))
 
 
 def _say_assumed(teacher: TeacherFolder) -> None:

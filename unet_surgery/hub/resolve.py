@@ -150,7 +150,7 @@ def _on_the_hub(repository: str, inside: str, revision: str | None, variant: str
         repository.rpartition("/")[2] if teacher.file is None else Path(teacher.file).stem,
         teacher.variant,
         exact=True,
-        file=teacher.path or (None if remote is None else remote.folder / remote.choice.file),
+        file=None if teacher.file is None else teacher.path or teacher.repository.folder / inside,
         hub=teacher,
         remote=remote,
     )

@@ -25,7 +25,7 @@ SINGLE_FILE = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class HubTeacher:
-    """A pipeline or a U-Net in a repository, below its folder ``inside`` ("" or ending in a slash), or a ``file`` there.
+    """A pipeline or a U-Net in the folder ``inside`` ("" or ending in a slash) of a repository, or a ``file`` there.
 
     ``unet`` is the U-Net's folder there, in the same form. ``names`` are all files of the repository, or, without a
     network, those that the caches hold.

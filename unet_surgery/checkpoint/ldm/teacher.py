@@ -27,13 +27,14 @@ EMA = "ema"
 
 @dataclass(frozen=True, slots=True)
 class GivenConfig:
-    """A U-Net's config from elsewhere, and what that is called in a card and in errors.
+    """A U-Net's config from elsewhere: what that is called in a card, and ``where`` it is for errors.
 
     A config that is ``offered``, and not demanded, is taken only if the file's tensors are those that it describes.
     """
 
     config: Mapping[str, Any]
     name: str
+    where: str
     offered: bool = False
 
 
@@ -96,7 +97,7 @@ def open_single_file(
     shapes = {name: located.info.shape for name, located in found.unet.items()}
     taken = None if config is None or (config.offered and not _fits(config, shapes)) else config
     if taken is not None and not taken.offered:
-        check_shapes(shapes_of(build(parse_config(taken.config))), shapes, where=str(path), source=taken.name)
+        check_shapes(shapes_of(build(parse_config(taken.config))), shapes, where=str(path), source=taken.where)
     return TeacherFolder(
         root=path,
         unet=path,
