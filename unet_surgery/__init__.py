@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
-    from unet_surgery.api import ModelReport, PruneResult, check, inspect_model, plan, prune
+    from unet_surgery.api import ModelReport, PruneResult, PushResult, check, inspect_model, plan, prune, push
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
@@ -30,6 +30,7 @@ _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
+    "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
@@ -41,6 +42,7 @@ _HOMES = {
     "load_unet": "unet_surgery.runtime",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
+    "push": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "CheckReport",
     "ModelReport",
     "PruneResult",
+    "PushResult",
     "Recipe",
     "SurgeryError",
     "SurgeryPlan",
@@ -60,6 +63,7 @@ __all__ = [
     "load_unet",
     "plan",
     "prune",
+    "push",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check, push. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -15,6 +15,7 @@ from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
+from unet_surgery.checkpoint.sizes import parse_size
 from unet_surgery.checkpoint.student import StudentOptions, write_student
 from unet_surgery.checkpoint.teacher import TeacherFolder, is_hub_id, open_teacher
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES
@@ -31,6 +32,7 @@ from unet_surgery.errors import (
 from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_of, parse_config
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, resolve_teacher
+from unet_surgery.hub.push import PushResult, push
 from unet_surgery.lower import (
     NodeReport,
     StoredWeights,
@@ -47,6 +49,7 @@ from unet_surgery.version import __version__
 __all__ = [
     "ModelReport",
     "PruneResult",
+    "PushResult",
     "check",
     "copy_recipe",
     "inspect_model",
@@ -55,9 +58,8 @@ __all__ = [
     "plan_families",
     "plan_whole",
     "prune",
+    "push",
 ]
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,26 +269,6 @@ def copy_recipe(name: str, file: Path) -> None:
         raise OutputError("the file exists", where=str(file), hint="choose another name") from None
     except OSError as error:
         raise OutputError("the file cannot be written", where=str(file), found=error.strerror) from error
-
-
-def parse_size(text: str | int) -> int:
-    """Return a size in bytes from an integer or text such as ``500MB``, ``5GB`` (decimal) or ``2GiB`` (binary).
-
-    Raises:
-        UsageError: the text is not a size, or not positive.
-    """
-    if isinstance(text, int):
-        size = text
-    else:
-        number = text.strip().upper().rstrip("KMGTIB")
-        unit = text.strip().upper()[len(number) :]
-        try:
-            size = int(float(number) * _UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            size = 0
-    if size <= 0:
-        raise UsageError("this is not a size", expected="a number with a unit, such as 5GB or 500MB", found=repr(text))
-    return size
 
 
 def _recipe(recipe: str | Path | Recipe) -> Recipe:

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Terminated", "command", "error_console", "progress_bar", "say", "set_debug", "show", "show_json", "table"]
+__all__ = [
+    "Terminated",
+    "command",
+    "error_console",
+    "hub_talk",
+    "progress_bar",
+    "say",
+    "set_debug",
+    "show",
+    "show_json",
+    "table",
+]
 
 PLAIN_WIDTH = 120
 
@@ -180,6 +191,15 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]
             bar.update(task, completed=done, total=total)
 
         yield update
+
+
+def hub_talk(quiet: bool) -> None:
+    """Let huggingface_hub draw its own bars on a terminal, and speak of its retries; neither if ``quiet``."""
+    logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # both are read when huggingface_hub is imported
+    if quiet:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def error_console() -> Console:

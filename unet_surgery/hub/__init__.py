@@ -1,4 +1,4 @@
-"""Where teachers come from: a folder, a built-in name, or the Hugging Face Hub."""
+"""Where teachers come from (a folder, a built-in name, the Hugging Face Hub), and where students go."""
 
 from unet_surgery.hub.resolve import ResolvedTeacher, cache_folder, resolve_teacher
 

@@ -12,6 +12,8 @@ from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.layout import choose_weights, component_files, shard_files
 from unet_surgery.checkpoint.licence import CARD, is_licence_file
 from unet_surgery.errors import HubError, OutputError, SurgeryError, TeacherError
+from unet_surgery.hub.refusals import refused as _refused
+from unet_surgery.hub.refusals import unreachable as _unreachable
 
 __all__ = ["Download", "download", "needed_files"]
 
@@ -138,34 +140,3 @@ def _cached(repository: str, revision: str | None) -> Path | None:
         if isinstance(found, str):
             return Path(found).parents[name.count("/")]
     return None
-
-
-def _refused(repository: str, revision: str | None, error: Exception) -> HubError:
-    name = type(error).__name__
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    shown = f"{repository}@{revision}" if revision else repository
-    if name == "GatedRepoError":
-        return HubError(
-            "the model is gated",
-            where=shown,
-            hint=f"accept its licence at huggingface.co/{repository}, then: hf auth login",
-        )
-    if name == "RevisionNotFoundError":
-        return HubError("the model has no such revision", where=shown, hint="leave @revision out for the main branch")
-    if name == "RepositoryNotFoundError":
-        return HubError(
-            "the Hub has no such model, or it is private",
-            where=shown,
-            hint="check the spelling; for a private model: hf auth login",
-        )
-    return HubError("the Hub refused the request", where=shown, found=f"HTTP {status}" if status else name)
-
-
-def _unreachable(repository: str, error: Exception) -> HubError:
-    return HubError(
-        "the Hugging Face Hub cannot be reached, and the model is not in its cache",
-        where=repository,
-        found=type(error).__name__,
-        hint="give a local folder, or a built-in teacher: --teacher sd-v1-random",
-    )
