@@ -263,6 +263,7 @@ CASES = {
     "prune": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out"), ("numpy", "huggingface_hub")),
     "prune --dtype": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out", "--dtype", "fp16"), ()),
     "check": (main_with("check", "{student}", "-t", "{tiny}"), ()),
+    "push --dry-run": (main_with("push", "{student}", "org/name", "--dry-run"), ("huggingface_hub",)),
 }
 
 

@@ -91,6 +91,8 @@ def _numbered(status: int | None, seconds: int | None, *, writing: bool) -> tupl
             return "the token may not write there", f"check the name, or log in with a token that may write: {LOGIN}"
         case 403:
             return "the token may not read it", f"log in with a token that may: {LOGIN}"
+        case 404:
+            return "the Hub knows nothing of this name", "check the spelling"
         case 409 | 412 if writing:
             return "somebody else is changing the model", "run again"
         case 429:

@@ -178,7 +178,7 @@ def _bad_card(name: str, error: Exception) -> HubError:
     return HubError(
         "the Hub does not accept the metadata of README.md",
         where=name,
-        found=printable(" ".join(said.split())),
+        found=printable(" ".join(said.split())) or None,
         hint="mend what stands between the lines --- at its top, then run again",
     )
 
