@@ -193,7 +193,8 @@ def test_a_json_of_a_push(student: Path, tmp_path: Path) -> None:
         again, said = tool("push", str(student), NAME, env=env)
     sent = json.loads(out)["sent"]
     assert sent == {"url": again.strip(), "commit": commits(hub)[0].oid, "changed": True, "only_there": []}
-    assert "no commit was made" in said
+    assert said.count("commit") == 1
+    assert said.endswith(f"{NAME} has all of it already: no commit was made\n")
 
 
 def test_links(student: Path, tmp_path: Path) -> None:
@@ -388,6 +389,31 @@ def test_passing_faults_pass(hub: HubStandIn, student: Path) -> None:
     unet_surgery.push(student, NAME)
     assert all(fault.times == 0 for fault in hub.faults)
     assert len(commits(hub)) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "says"), [(CREATE, "cannot be reached"), (COMMIT, "broke off"), (PREUPLOAD, "broke off")]
+)
+@pytest.mark.usefixtures("hurried")
+def test_a_hub_that_falls_silent(
+    hub: HubStandIn, student: Path, monkeypatch: pytest.MonkeyPatch, step: str, says: str
+) -> None:
+    monkeypatch.setattr("unet_surgery.hub.send.SILENCE_SECONDS", 0.2)
+    hub.faults.append(Fault("stall", step, times=ALWAYS))
+    with pytest.raises(HubError, match=says) as refused:
+        unet_surgery.push(student, NAME)
+    assert refused.value.found == "ReadTimeout"
+    from huggingface_hub import get_session
+
+    assert get_session().timeout.read is None  # the user's own calls wait as before
+
+
+def test_retries_are_said_once(student: Path, tmp_path: Path) -> None:
+    hub = HubStandIn()
+    hub.faults.append(Fault("status", PREUPLOAD, parameter=429, headers={"Retry-After": "0"}))
+    with hub.serve() as endpoint:
+        _, err = tool("push", str(student), NAME, env=client_env(endpoint, tmp_path / "hf", WRITER))
+    assert err.count("Rate limited") == 1
 
 
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub: HubStandIn, student: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from unet_surgery.errors import HubError, SurgeryError, UsageError, first_few, printable
 from unet_surgery.hub.refusals import is_refusal, refused, unreachable
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAIN = "main"
 ATTRIBUTES = ".gitattributes"  # the Hub's own, in every repository
+SILENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def _in_words(destination: Destination, step: Literal["prepare", "send", "check"
     """Turn what the client raises into one error of ours, and what it warns of into a line of the log."""
     name, revision = destination.repository, destination.revision
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, _bounded_waits():
             warnings.simplefilter("always")
             yield
         for warning in caught:
@@ -166,6 +167,23 @@ def _in_words(destination: Destination, step: Literal["prepare", "send", "check"
             found=type(error.__cause__ or error).__name__,
             hint="run again: what has arrived is not sent again",
         ) from error
+
+
+@contextmanager
+def _bounded_waits() -> Iterator[None]:
+    """Let the client's session give up after a minute without a byte: by itself it waits for ever (since 1.0)."""
+    from huggingface_hub import get_session
+
+    session: Any = get_session()
+    unbounded = getattr(getattr(session, "timeout", None), "read", SILENCE_SECONDS) is None
+    before = session.timeout if unbounded else None
+    if unbounded:
+        session.timeout = SILENCE_SECONDS
+    try:
+        yield
+    finally:
+        if unbounded:
+            session.timeout = before
 
 
 def _is_metadata(error: Exception) -> bool:
