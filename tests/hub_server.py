@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from hub_faults import Fault, take
 WRITER, READER = "hf_" + "OfAWriter0123456789", "hf_" + "OfAReader0123456789"
 CHUNK_BYTES = 16 << 10
 POLL_SECONDS = 0.02
+MAX_STALL_SECONDS = 30.0
 
 
 def client_env(endpoint: str, home: Path, token: str | None = None) -> dict[str, str]:
@@ -305,8 +307,9 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def stall(self) -> None:
-        """Wait until the client has hung up."""
-        while not self.server.hub.closing.is_set():
+        """Wait until the client has hung up; one that never would must fail its test, not hang it."""
+        end = time.monotonic() + MAX_STALL_SECONDS
+        while not self.server.hub.closing.is_set() and time.monotonic() < end:
             ready, _, _ = select.select([self.connection], [], [], POLL_SECONDS)
             if ready and not self.connection.recv(1, socket.MSG_PEEK):
                 break

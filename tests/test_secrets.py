@@ -100,9 +100,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unet_surgery.prune("bk_tiny", "tiny-random", tmp_path_factory.mktemp("student") / "student").folder
 
 
-@pytest.mark.parametrize("step", [None, *STEPS])
+@pytest.mark.parametrize(
+    ("step", "debug"),
+    [*((step, "") for step in (None, *STEPS)), ("/api/validate-yaml", "--debug"), ("*/commit/*", "--debug")],
+)
 def test_a_push_to_a_hub_that_repeats_the_token(
-    tmp_path: Path, environment: dict[str, str], student: Path, step: str | None
+    tmp_path: Path, environment: dict[str, str], student: Path, step: str | None, debug: str
 ) -> None:
     """Every step of a push is refused once, in the words of whoever wrote the token into the request."""
     hub = HubStandIn(repeats_tokens=True)
@@ -111,7 +114,7 @@ def test_a_push_to_a_hub_that_repeats_the_token(
         hub.faults.append(Fault("status", step, times=ALWAYS, parameter=400))
     with hub.serve() as endpoint:
         environment |= client_env(endpoint, tmp_path / "home")
-        words = ["--debug", "push", str(student), "me/model", "--json"]
+        words = [*debug.split(), "push", str(student), "me/model", "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "unet_surgery", *words],
             cwd=tmp_path,
@@ -120,6 +123,7 @@ def test_a_push_to_a_hub_that_repeats_the_token(
             text=True,
         )
     assert done.returncode == (0 if step is None else 5), done.stderr
+    assert ("Traceback" in done.stderr) == bool(debug)
     assert_free(done.stdout + done.stderr)
     authorizations = {record.authorization for record in hub.requests if record.host == "hub"}
     assert authorizations == {f"Bearer {TOKEN}"}
