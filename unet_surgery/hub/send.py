@@ -83,7 +83,7 @@ def send(folder: Path, upload: Upload, destination: Destination, message: str) -
     with _in_words(destination, "send"):
         made = api.upload_folder(
             repo_id=destination.repository,
-            folder_path=folder,
+            folder_path=folder.resolve(),  # where it begins with ~, the client would look at home
             allow_patterns=[glob.escape(file.path) for file in upload.files],
             revision=destination.revision,
             create_pr=destination.create_pr,
