@@ -9,28 +9,28 @@ from collections.abc import Iterator
 
 from unet_surgery.errors import HubError
 
-__all__ = ["is_refusal", "refused", "unreachable"]
+__all__ = ["refusal", "refused", "unreachable"]
 
 LOGIN = "hf auth login"
 MAX_CAUSES = 20
 
 
-def is_refusal(error: BaseException) -> bool:
-    """True if the Hub answered, and its answer was no; the client's threads wrap that in other errors."""
-    return _answer(error) is not None
+def refusal(error: BaseException | None) -> Exception | None:
+    """Return the client's exception for an answer of the Hub that was no, if ``error`` is one or was caused by one."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found = (cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError))
+    return next((cause for cause in found if getattr(cause, "response", None) is not None), None)
 
 
 def refused(repository: str, revision: str | None, error: Exception, *, writing: bool = False) -> HubError:
     """Return the error for what the client raised when the Hub answered with a refusal."""
-    answer = _answer(error) or error
-    status = _status(answer)
-    what, hint = _named(type(answer).__name__, repository, writing=writing) or _numbered(
-        status, _seconds(answer), writing=writing
-    )
+    status, name = _status(error), type(error).__name__
+    what, hint = _named(name, repository, writing=writing) or _numbered(status, _seconds(error), writing=writing)
     return HubError(
         what,
         where=f"{repository}@{revision}" if revision else repository,
-        found=type(answer).__name__ if status is None else f"HTTP {status}",
+        found=name if status is None else f"HTTP {status}",
         hint=hint,
     )
 
@@ -51,13 +51,6 @@ def unreachable(repository: str, error: Exception, *, writing: bool = False) -> 
         found="offline mode" if offline else type(error).__name__,
         hint="unset HF_HUB_OFFLINE, then run again" if offline else "run again with a network",
     )
-
-
-def _answer(error: BaseException) -> BaseException | None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    found = (cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError))
-    return next((cause for cause in found if getattr(cause, "response", None) is not None), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -103,12 +96,12 @@ def _numbered(status: int | None, seconds: int | None, *, writing: bool) -> tupl
     return "the Hub refused the request", None
 
 
-def _status(error: BaseException) -> int | None:
+def _status(error: Exception) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
-def _seconds(error: BaseException) -> int | None:
+def _seconds(error: Exception) -> int | None:
     """Return for how long the Hub asks to be left alone, where it says so in seconds."""
     said = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     return int(said) if said.isascii() and said.isdigit() and len(said) < 6 else None

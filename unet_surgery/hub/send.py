@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from unet_surgery.errors import HubError, SurgeryError, UsageError, first_few, printable
-from unet_surgery.hub.refusals import is_refusal, refused, unreachable
+from unet_surgery.hub.refusals import refusal, refused, unreachable
 from unet_surgery.hub.upload import Upload
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def _in_words(destination: Destination, step: Literal["prepare", "send", "check"
     except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
         if step == "send" and _is_metadata(error):
             raise _bad_card(name, error) from error
-        if is_refusal(error):
-            raise refused(name, revision, error, writing=True) from error
+        if (answer := refusal(error)) is not None:
+            raise refused(name, revision, answer, writing=True) from error
         if step == "prepare":
             raise unreachable(name, error, writing=True) from error
         raise HubError(
