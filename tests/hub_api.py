@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
 
@@ -16,6 +17,9 @@ from hub_content import ATTRIBUTES, MAIN, Blob, Commit, Repository
 
 if TYPE_CHECKING:
     from hub_server import HubStandIn
+
+
+LICENCES = ("apache-2.0", "mit", "creativeml-openrail-m", "openrail++", "other")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def refused(refusal: Refusal, authorization: str | None) -> Answer:
     headers = {"Content-Type": "application/json", "X-Error-Message": message}
     if refusal.code is not None:
         headers["X-Error-Code"] = refusal.code
-    return Answer(refusal.status, json.dumps({"error": message, **refusal.data}).encode(), headers)
+    data = {"error": message, "errors": [{"message": message}], **refusal.data}
+    return Answer(refusal.status, json.dumps(data).encode(), headers)
 
 
 def answer(hub: HubStandIn, request: Request) -> Answer:
@@ -213,7 +218,9 @@ def _validate_yaml(hub: HubStandIn, request: Request) -> Answer:
     except yaml.YAMLError:
         data = None
     if not isinstance(data, dict):
-        return _json({"errors": [{"message": "the metadata is no YAML mapping"}], "warnings": []}, 400)
+        raise Refusal(400, "the metadata is no YAML mapping", warnings=[])
+    if data.get("license", "other") not in LICENCES:
+        raise Refusal(400, f'"license" must be one of [{", ".join(LICENCES)}]', warnings=[])
     return _json({"errors": [], "warnings": []})
 
 
@@ -228,12 +235,14 @@ def _branch(hub: HubStandIn, request: Request, name: str, branch: str) -> Answer
 
 def _preupload(hub: HubStandIn, request: Request, name: str, revision: str) -> Answer:
     commit = _commit(_writable(hub, request, name), revision)
+    ignored = commit.files[".gitignore"].data.decode().split() if ".gitignore" in commit.files else []
     files = []
     for file in request.json()["files"]:
         path = file["path"]
         mode = "lfs" if hub.is_large(path, file["size"]) else "regular"
         there = commit.files[path].etag if path in commit.files else None
-        files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": there})
+        ignore = any(fnmatchcase(path, pattern) for pattern in ignored)
+        files.append({"path": path, "uploadMode": mode, "shouldIgnore": ignore, "oid": there})
     return _json({"files": files})
 
 

@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hub_api import Answer, Refusal, Request, answer, refused
 from hub_content import MAIN, Blob, Repository
 from hub_faults import Fault, take
@@ -34,6 +36,7 @@ from hub_faults import Fault, take
 WRITER, READER = "hf_" + "OfAWriter0123456789", "hf_" + "OfAReader0123456789"
 CHUNK_BYTES = 16 << 10
 POLL_SECONDS = 0.02
+MAX_STALL_SECONDS = 30.0
 
 
 def client_env(endpoint: str, home: Path, token: str | None = None) -> dict[str, str]:
@@ -42,9 +45,37 @@ def client_env(endpoint: str, home: Path, token: str | None = None) -> dict[str,
     return env if token is None else {**env, "HF_TOKEN": token}
 
 
+@contextmanager
+def client_in_process(endpoint: str, home: Path, token: str | None = None) -> Iterator[None]:
+    """Let huggingface_hub of this process speak to a stand-in; it read its environment when it was imported."""
+    from huggingface_hub import close_session, constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        patch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            patch.setenv("HF_TOKEN", token)
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            enable_progress_bars()
+            close_session()
+
+
 @dataclass
 class Record:
-    """A request as it was answered. ``status`` 0: not at all. ``body_bytes``: how many bytes of the body were sent."""
+    """A request as it was answered. ``status`` 0: not at all.
+
+    ``body_bytes`` is how much of the answer's body was sent, ``given_bytes`` the size of the request's own.
+    """
 
     method: str
     host: str
@@ -52,6 +83,7 @@ class Record:
     query: str
     range: str | None
     authorization: str | None
+    given_bytes: int = 0
     status: int = 0
     body_bytes: int = 0
 
@@ -175,7 +207,8 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         request = Request(self.command, host, path, query, self.headers, self.read_body())
         authorization = self.headers.get("Authorization")
-        record = Record(self.command, host, path, query, self.headers.get("Range"), authorization)
+        asked = self.headers.get("Range")
+        record = Record(self.command, host, path, query, asked, authorization, len(request.body))
         with hub.lock:
             hub.requests.append(record)
             fault = take(hub.faults, self.command, host, path)
@@ -274,8 +307,9 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def stall(self) -> None:
-        """Wait until the client has hung up."""
-        while not self.server.hub.closing.is_set():
+        """Wait until the client has hung up; one that never would must fail its test, not hang it."""
+        end = time.monotonic() + MAX_STALL_SECONDS
+        while not self.server.hub.closing.is_set() and time.monotonic() < end:
             ready, _, _ = select.select([self.connection], [], [], POLL_SECONDS)
             if ready and not self.connection.recv(1, socket.MSG_PEEK):
                 break

@@ -13,7 +13,7 @@ import pytest
 from configs import CONFIGS
 from teachers import WEIGHTS, entries, write_unet
 
-COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "export", "doctor"]
+COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "export", "push", "doctor"]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]
 
 
@@ -263,6 +263,7 @@ CASES = {
     "prune": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out"), ("numpy", "huggingface_hub")),
     "prune --dtype": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out", "--dtype", "fp16"), ()),
     "check": (main_with("check", "{student}", "-t", "{tiny}"), ()),
+    "push --dry-run": (main_with("push", "{student}", "org/name", "--dry-run"), ("huggingface_hub",)),
 }
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hub_content import git_hash
 from hub_faults import ALWAYS, Fault
-from hub_server import CHUNK_BYTES, READER, WRITER, HubStandIn
-from huggingface_hub import HfApi, close_session, constants, get_session, hf_hub_download, snapshot_download
+from hub_server import CHUNK_BYTES, READER, WRITER, HubStandIn, client_in_process
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -39,16 +39,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+def hub(folder: Path, tmp_path: Path) -> Iterator[HubStandIn]:
     hub = HubStandIn()
     hub.add(NAME, folder)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with hub.serve():
+    with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "home"):
         yield hub
-    close_session()
 
 
 def api(hub: HubStandIn, token: str | bool = WRITER) -> HfApi:
@@ -135,7 +130,7 @@ def test_who_may(hub: HubStandIn, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RepositoryNotFoundError):
         api(hub).model_info("org/nothing")
     with pytest.raises(GatedRepoError):
-        hf_hub_download("org/gated", SMALL_PATH, endpoint=hub.endpoint, token=WRITER, cache_dir=tmp_path / "other")
+        hf_hub_download("org/gated", SMALL_PATH, endpoint=hub.endpoint, token=WRITER, cache_dir=str(tmp_path / "other"))
     with pytest.raises(RevisionNotFoundError):
         api(hub).model_info(NAME, revision="nowhere")
     with pytest.raises(RemoteEntryNotFoundError):

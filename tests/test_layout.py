@@ -88,14 +88,14 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "a safetensors file of 0 tensors"),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}      ", "no tensors"),
         ("model.ckpt", b"PK\x03\x04....", "pickle"),
         ("page.safetensors", b"<html>", "HTML"),
     ],
 )
 def test_a_file_is_no_teacher(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TeacherError, match="not a folder") as caught:
+    with pytest.raises(TeacherError, match="U-Net|safetensors file") as caught:
         unet_surgery.plan("bk_tiny", tmp_path / name)
     assert says in str(caught.value)
 

@@ -29,6 +29,8 @@ def test_public_names_are_complete_and_resolve() -> None:
         "prune",
         "check",
         "verify",
+        "push",
+        "PushResult",
         "draw",
         "export",
         "SurgeryPlan",

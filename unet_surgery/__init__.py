@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
-    from unet_surgery.api import ExportResult, ModelReport, PruneResult, check, export, inspect_model, plan, prune
+    from unet_surgery.api import (
+        ExportResult,
+        ModelReport,
+        PruneResult,
+        PushResult,
+        check,
+        export,
+        inspect_model,
+        plan,
+        prune,
+        push,
+    )
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
@@ -31,6 +42,7 @@ _HOMES = {
     "ExportResult": "unet_surgery.api",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
+    "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
@@ -43,6 +55,7 @@ _HOMES = {
     "load_unet": "unet_surgery.runtime",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
+    "push": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
 
@@ -51,6 +64,7 @@ __all__ = [
     "ExportResult",
     "ModelReport",
     "PruneResult",
+    "PushResult",
     "Recipe",
     "SurgeryError",
     "SurgeryPlan",
@@ -64,6 +78,7 @@ __all__ = [
     "load_unet",
     "plan",
     "prune",
+    "push",
     "verify",
 ]
 

@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check, export. Thin compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check, export, push. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[/folder][@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -7,8 +7,6 @@ A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +14,12 @@ from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
-from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.ldm.export import ExportResult, export
-from unet_surgery.checkpoint.ldm.teacher import GivenConfig, open_single_file
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
+from unet_surgery.checkpoint.sizes import parse_size
 from unet_surgery.checkpoint.student import StudentOptions, check_output, write_student
-from unet_surgery.checkpoint.teacher import MAX_CONFIG_BYTES, TeacherFolder, is_hub_id, open_teacher
+from unet_surgery.checkpoint.teacher import TeacherFolder, open_teacher
 from unet_surgery.checkpoint.tensorfile import source_ranges
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, student_tensors
 from unet_surgery.errors import (
@@ -31,14 +28,13 @@ from unet_surgery.errors import (
     InexpressibleError,
     OutputError,
     SurgeryError,
-    TeacherError,
     UsageError,
-    printable,
 )
 from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_of, parse_config
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, Transfer, fetch_teacher, resolve_teacher
-from unet_surgery.hub.transport import NoRangesError
+from unet_surgery.hub.open import open_resolved, opened_header
+from unet_surgery.hub.push import PushResult, push
 from unet_surgery.lower import (
     NodeReport,
     StoredWeights,
@@ -56,6 +52,7 @@ __all__ = [
     "ExportResult",
     "ModelReport",
     "PruneResult",
+    "PushResult",
     "check",
     "copy_recipe",
     "export",
@@ -65,11 +62,10 @@ __all__ = [
     "plan_families",
     "plan_whole",
     "prune",
+    "push",
 ]
 
 log = logging.getLogger(__name__)
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +114,11 @@ def inspect_model(
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
-    opened = _open(resolve_teacher(_named(teacher), variant=variant), max_header=max_header, config=config)
+    opened = open_resolved(resolve_teacher(_named(teacher), variant=variant), max_header=max_header, config=config)
     _say_assumed(opened)
     config_of_it, graph = _graph(opened)
     stored = None
-    with _header(opened) as weights:
+    with opened_header(opened) as weights:
         if weights is not None:
             _check_fit(graph, weights, opened)
             stored = weights.stored()
@@ -159,9 +155,9 @@ def plan(
     """
     chosen = _recipe(recipe)
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
-    opened = _open(found, teacher_id, max_header=max_header, config=config)
+    opened = open_resolved(found, teacher_id, max_header=max_header, config=config)
     _say_assumed(opened)
-    with _header(opened) as weights:
+    with opened_header(opened) as weights:
         return _plan(chosen, opened, weights, dtype)
 
 
@@ -171,7 +167,7 @@ def plan_whole(teacher: str | Path, *, variant: str | None = None) -> SurgeryPla
     Raises:
         TeacherError, HubError: as :func:`inspect_model`.
     """
-    opened = _open(resolve_teacher(_named(teacher), variant=variant), config_only=True)
+    opened = open_resolved(resolve_teacher(_named(teacher), variant=variant), config_only=True)
     config, graph = _graph(opened)
     return make_plan(
         config,
@@ -236,21 +232,21 @@ def prune(
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
     others = None if base is None else resolve_teacher(_named(base), variant=None if found.file else variant)
     # What is wrong with recipe, config or header is found before gigabytes are made or fetched.
-    offered = None if others is None else _open(others, config_only=True)
-    early = _open(
+    offered = None if others is None else open_resolved(others, config_only=True)
+    early = open_resolved(
         found, teacher_id, max_header=max_header, config_only=found.remote is None, config=config, offered=offered
     )
     if offered is not None:
         early.with_base(offered)
     _say_assumed(early)
-    with _header(early) as weights:
+    with opened_header(early) as weights:
         decided = _plan(chosen, early, weights, dtype)
         by_range = weights is not None
     target = Path(f"{found.name}-{chosen.name}" if out is None else out)
     if found.hub is not None:
         check_output(target, early, options, decided.student_bytes)
     found = fetch_teacher(found, unet_only=unet_only, full=full or not by_range, progress=progress)
-    opened = _open(found, teacher_id, max_header=max_header, config=config, offered=offered)
+    opened = open_resolved(found, teacher_id, max_header=max_header, config=config, offered=offered)
     if others is not None and not unet_only:
         opened = opened.with_base(_parts_of(others, progress))
     transfer = found.transfer
@@ -285,7 +281,7 @@ def check(
         raise UsageError("a base without a teacher compares nothing", hint="give --teacher as well")
     if teacher is not None:
         found = fetch_teacher(resolve_teacher(_named(teacher), variant=variant), progress=progress)
-        opened = _open(found, max_header=max_header)
+        opened = open_resolved(found, max_header=max_header)
         if found.remote is not None:
             _fetch_kept(found, opened, read_plan(Path(folder)), progress)
         if base is not None:
@@ -333,26 +329,6 @@ def copy_recipe(name: str, file: Path) -> None:
         raise OutputError("the file cannot be written", where=str(file), found=error.strerror) from error
 
 
-def parse_size(text: str | int) -> int:
-    """Return a size in bytes from an integer or text such as ``500MB``, ``5GB`` (decimal) or ``2GiB`` (binary).
-
-    Raises:
-        UsageError: the text is not a size, or not positive.
-    """
-    if isinstance(text, int):
-        size = text
-    else:
-        number = text.strip().upper().rstrip("KMGTIB")
-        unit = text.strip().upper()[len(number) :]
-        try:
-            size = int(float(number) * _UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            size = 0
-    if size <= 0:
-        raise UsageError("this is not a size", expected="a number with a unit, such as 5GB or 500MB", found=repr(text))
-    return size
-
-
 def _recipe(recipe: str | Path | Recipe) -> Recipe:
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe)
@@ -373,60 +349,6 @@ def _named(teacher: str | Path) -> str:
     if not str(teacher):
         raise UsageError("the teacher is empty text", hint="give a folder, a Hub id or a built-in name")
     return str(teacher)
-
-
-def _open(
-    found: ResolvedTeacher,
-    teacher_id: str | None = None,
-    *,
-    config_only: bool = False,
-    max_header: str | int = MAX_HEADER_BYTES,
-    config: str | Path | None = None,
-    offered: TeacherFolder | None = None,
-) -> TeacherFolder:
-    """Describe the teacher; a single file by ``config``, else by that of ``offered`` if it is of the same shapes."""
-    if teacher_id is not None and not is_hub_id(teacher_id):
-        raise UsageError("the teacher's id is not a Hub id", expected="org/name", found=printable(teacher_id))
-    if config is not None and found.file is None:
-        raise UsageError("the teacher has a config.json of its own", hint="leave --config out: it is for single files")
-    try:
-        if found.file is not None:
-            return open_single_file(
-                found.file,
-                variant=found.variant,
-                config=_given_config(config, offered),
-                weights=found.remote,
-                cards=None if found.hub is None else found.folder,
-                teacher_id=teacher_id or found.teacher_id,
-                max_header_bytes=parse_size(max_header),
-                commit=found.commit,
-                address=found.address,
-            )
-        return open_teacher(
-            found.folder,
-            variant=found.variant,
-            exact=found.exact,
-            config_only=config_only,
-            teacher_id=teacher_id or found.teacher_id,
-            max_header_bytes=parse_size(max_header),
-            weights=found.remote,
-            commit=found.commit,
-            address=found.address,
-        )
-    except OSError as error:
-        raise TeacherError(
-            "the teacher cannot be read", where=str(error.filename or found.folder), found=error.strerror
-        ) from error
-
-
-def _given_config(config: str | Path | None, offered: TeacherFolder | None) -> GivenConfig | None:
-    if config is None:
-        return None if offered is None else GivenConfig(offered.config, offered.name, str(offered.unet), offered=True)
-    path = Path(config)
-    if path.suffix == ".json" and path.is_file():
-        return GivenConfig(read_object(path, MAX_CONFIG_BYTES), path.name, str(path))
-    model = _open(resolve_teacher(_named(config)), config_only=True)
-    return GivenConfig(model.config, model.name, str(model.unet / "config.json"))
 
 
 def _say_assumed(teacher: TeacherFolder) -> None:
@@ -450,24 +372,8 @@ def _check_fit(graph: UNetGraph, weights: Weights, teacher: TeacherFolder) -> No
     check_dtypes(weights.dtypes(), where=str(teacher.unet))
 
 
-@contextmanager
-def _header(teacher: TeacherFolder) -> Iterator[Weights | None]:
-    """Open the weights to read their header; None where there are none, or a server would only send them whole."""
-    if teacher.weights is None:
-        yield None
-        return
-    try:
-        weights = teacher.open_weights()
-    except NoRangesError:
-        log.info("the Hub sends whole files only: planning by the config alone")
-        yield None
-        return
-    with weights:
-        yield weights
-
-
 def _parts_of(base: ResolvedTeacher, progress: Progress) -> TeacherFolder:
-    return _open(fetch_teacher(base, parts_only=True, progress=progress), config_only=True)
+    return open_resolved(fetch_teacher(base, parts_only=True, progress=progress), config_only=True)
 
 
 def _fetch_kept(found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPlan, progress: Progress) -> Transfer:

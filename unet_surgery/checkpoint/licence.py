@@ -23,7 +23,7 @@ from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.checkpoint.jsonfile import read_regular
 from unet_surgery.errors import TeacherError, UsageError, printable
 
-__all__ = ["CARD", "Licence", "find_licence", "is_licence_file"]
+__all__ = ["CARD", "Licence", "card_licence", "find_licence", "is_licence_file"]
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +111,18 @@ def find_licence(root: Path | None, *, family: str | None, given: str | None = N
     return Licence(identifier, card.get("license_name"), card.get("license_link"), files, card.get("pipeline_tag"))
 
 
+def card_licence(folder: Path) -> str | None:
+    """Return the licence that the card in ``folder`` names in its metadata, None where it names none."""
+    named = _read_card(folder / CARD, "the card").get("license")
+    return named if named is not None and _ID.fullmatch(named) and named not in _NOTHING else None
+
+
 def is_licence_file(name: str) -> bool:
     """True for the names under which licence texts and notices travel."""
     return _FILE.fullmatch(name) is not None
 
 
-def _read_card(path: Path) -> dict[str, str]:
+def _read_card(path: Path, whose: str = "the teacher's card") -> dict[str, str]:
     """Return what the card's metadata says under the keys that matter here; a card that cannot be read says nothing."""
     if not os.path.lexists(path):
         return {}
@@ -126,7 +132,7 @@ def _read_card(path: Path) -> dict[str, str]:
             return {}
         found = _top_level(text[4:].partition("\n---")[0])
     except (TeacherError, UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
-        log.warning("the teacher's card cannot be read, so its licence is unknown: %s", printable(_first_line(error)))
+        log.warning("%s cannot be read, so its licence is unknown: %s", whose, printable(_first_line(error)))
         return {}
     return {key: found[key] for key in _KEYS if key in found}
 

@@ -14,6 +14,7 @@ from unet_surgery.cli.export import export
 from unet_surgery.cli.inspect import inspect
 from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
+from unet_surgery.cli.push import push
 from unet_surgery.cli.recipes import recipes
 from unet_surgery.cli.sink import set_debug, show
 from unet_surgery.cli.verify import verify
@@ -53,6 +54,7 @@ app.command()(prune)
 app.command()(check)
 app.command()(verify)
 app.command()(export)
+app.command()(push)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["Terminated", "command", "error_console", "progress_bar", "say", "set_debug", "show", "show_json", "table"]
+__all__ = [
+    "Terminated",
+    "command",
+    "error_console",
+    "hub_talk",
+    "progress_bar",
+    "say",
+    "set_debug",
+    "show",
+    "show_json",
+    "table",
+]
 
 PLAIN_WIDTH = 120
 
@@ -151,10 +162,11 @@ def table(
 
 
 class _Talk(logging.Handler):
-    """What the library logs is talk as well."""
+    """What the library logs is talk as well; huggingface_hub has a handler of its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        if record.name.partition(".")[0] != "huggingface_hub":
+            say(record.getMessage())
 
 
 def _harmless(text: str) -> str:
@@ -180,6 +192,22 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]
             bar.update(task, completed=done, total=total)
 
         yield update
+
+
+def hub_talk(quiet: bool) -> None:
+    """Let huggingface_hub draw its own bars on a terminal, and speak of its retries; neither if ``quiet``."""
+    logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
+    for name in ("hf_api", "_upload_pipeline"):
+        logging.getLogger(f"huggingface_hub.{name}").addFilter(_is_news)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # both are read when huggingface_hub is imported
+    if quiet:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what the command itself says in its own words."""
+    return "prevent empty commit" not in str(record.msg)
 
 
 def error_console() -> Console:

@@ -1,4 +1,4 @@
-"""Where teachers come from: a folder, a built-in name, or the Hugging Face Hub."""
+"""Where teachers come from (a folder, a built-in name, the Hugging Face Hub), and where students go."""
 
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.hub.resolve import ResolvedTeacher, Transfer, fetch_teacher, resolve_teacher

@@ -142,7 +142,8 @@ def _what_else(names: Collection[str]) -> str:
         components = sorted({c for prefix, (c, _) in PART_PREFIXES.items() if any(n.startswith(prefix) for n in names)})
         if not any(name.startswith(UNET_PREFIXES[:-1]) for name in names):
             return f"a checkpoint of {' and '.join(components)} alone"
-    return recognise_names(names) or f"{len(names)} tensors: {first_few(sorted(names))}"
+    listed = f"{len(names)} tensors: {first_few(sorted(names))}" if names else "no tensors"
+    return recognise_names(names) or listed
 
 
 # --- averaged weights -------------------------------------------------------------------------------------------------
