@@ -181,7 +181,7 @@ def test_a_dry_run_touches_no_network(student: Path, tmp_path: Path) -> None:
     assert data["left_out"].keys() == {".git/", "vae/.DS_Store", "notes"}
     assert data["sent"] is None
     assert len(data["files"]) == 17
-    assert data["bytes"] == sum(file["num_bytes"] for file in data["files"])
+    assert data["num_bytes"] == sum(file["num_bytes"] for file in data["files"])
 
 
 def test_a_json_of_a_push(student: Path, tmp_path: Path) -> None:

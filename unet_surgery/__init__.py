@@ -6,6 +6,7 @@
     result = us.prune("bk_tiny", "tiny-random")  # write the student
     us.check(result.folder, "tiny-random")       # every byte is the teacher's
     us.verify(result.folder)                     # diffusers loads and runs it (needs torch)
+    us.push(result.folder, "me/small")           # to the Hugging Face Hub
 
 Names are loaded when they are first used, so importing this package costs nothing and never imports torch.
 """

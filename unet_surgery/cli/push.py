@@ -109,7 +109,7 @@ def _data(result: PushResult) -> dict[str, object]:
         "repository": result.repository,
         "dry_run": result.sent is None,
         "files": [asdict(file) for file in result.upload.files],
-        "bytes": result.upload.num_bytes,
+        "num_bytes": result.upload.num_bytes,
         "left_out": dict(result.upload.left_out),
         "sent": None if result.sent is None else asdict(result.sent),
     }
