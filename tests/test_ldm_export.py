@@ -220,6 +220,16 @@ def test_what_has_no_place_is_left_out(tiny: Path, tmp_path: Path) -> None:
     assert result.left_out == ("safety_checker", "vae")
 
 
+def test_a_refiner_has_its_one_text_encoder_in_the_first_place(pipelines: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "refiner"
+    shutil.copytree(pipelines["sdxl"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    names = load_file(us.export(folder, tmp_path / "x.safetensors").file)
+    assert "conditioner.embedders.0.model.text_projection" in names
+    assert not any(name.startswith("conditioner.embedders.1.") for name in names)
+
+
 # --- what other programs make of it -----------------------------------------------------------------------------------
 
 V_ONLY = {"prediction_type": "v_prediction"}
@@ -232,6 +242,7 @@ JUDGED: dict[str, tuple[dict[str, Any], str, dict[str, str], str, str]] = {
     "sd2": (FULL_SIZE["sd2"], "dense", {}, "yes", "yes"),
     "sd2 depth": ({**FULL_SIZE["sd2"], "in_channels": 5}, "dense", {}, "yes", "of pruned"),
     "sd2 v": (FULL_SIZE["sd2-768"], "dense", V_ONLY, "yes", "yes"),
+    "sd2 inpaint v": ({**FULL_SIZE["sd2"], "in_channels": 9}, "dense", V_ONLY, "yes, for epsilon", "yes"),
     "sdxl": (FULL_SIZE["sdxl"], "dense", {}, "yes", "yes"),
     "bk_base": (student("bk_base", FULL_SIZE["sd1"]), "dense", {}, "yes", "of pruned"),
     "bk_base gapped": (student("bk_base", FULL_SIZE["sd1"]), "gapped", {}, "without gaps", "of pruned"),
@@ -384,6 +395,13 @@ def test_damaged_folders(unet: Path, pipelines: dict[str, Path], tmp_path: Path)
     encoder.rename(encoder.with_name("pytorch_model.bin"))
     refused(pipeline, "no safetensors weights")
     us.export(pipeline, tmp_path / "y.safetensors", unet_only=True)
+
+
+def test_quantised_weights(tmp_path: Path) -> None:
+    tensors = {name: value.astype("int8") for name, value in random_tensors(CONFIGS["sd1"]).items()}
+    folder = write_unet(tmp_path / "unet", CONFIGS["sd1"], tensors)
+    with pytest.raises(TeacherError, match="not floating point"):
+        us.export(folder, tmp_path / "x.safetensors")
 
 
 def test_an_overflow_leaves_nothing(tmp_path: Path) -> None:
