@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Arrays, str]] = {
     "SD 3": ({"model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": SOME}, "an SD 3 checkpoint"),
     "Flux": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": SOME}, "a Flux checkpoint"),
     "diffusers' names": (random_tensors(CONFIG), "without its config.json"),
-    "an empty file": ({}, "0 tensors"),
+    "an empty file": ({}, "no tensors"),
     "something else": ({"hello.weight": SOME}, "1 tensors: hello.weight"),
     "a U-Net cut short": (dict(itertools.islice(SINGLE.items(), 300)), "x.safetensors"),
     "averaged weights cut short": (

@@ -126,7 +126,7 @@ def _check_names(
             "there are no averaged weights in this file",
             where=where,
             expected=f"tensors named {EMA_PREFIX}…",
-            hint="leave out --ema",
+            hint="leave out --variant ema",
         )
     own = (*UNET_PREFIXES[:-1], *BARE_HEADS, *PART_PREFIXES, EMA_PREFIX, "cond_stage_model.", "conditioner.")
     others = [name for name in names if not name.startswith(own)]
@@ -142,7 +142,8 @@ def _what_else(names: Collection[str]) -> str:
         components = sorted({c for prefix, (c, _) in PART_PREFIXES.items() if any(n.startswith(prefix) for n in names)})
         if not any(name.startswith(UNET_PREFIXES[:-1]) for name in names):
             return f"a checkpoint of {' and '.join(components)} alone"
-    return recognise_names(names) or f"{len(names)} tensors: {first_few(sorted(names))}"
+    listed = f"{len(names)} tensors: {first_few(sorted(names))}" if names else "no tensors"
+    return recognise_names(names) or listed
 
 
 # --- averaged weights -------------------------------------------------------------------------------------------------
