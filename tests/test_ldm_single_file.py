@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 from configs import CONFIGS, FULL_SIZE
 from safetensors.numpy import save_file
-from teachers import random_tensors
+from teachers import WEIGHTS, random_tensors, write_unet
 from test_ldm_names import student
 
+import unet_surgery as us
 from unet_surgery.checkpoint.layout import WeightsChoice
 from unet_surgery.checkpoint.ldm.names import NUMBERINGS, Numbering, unet_names
 from unet_surgery.checkpoint.ldm.single_file import SingleFile, _dotted, read_single_file
 from unet_surgery.checkpoint.reader import Weights, open_weights
+from unet_surgery.checkpoint.writer import write_weights
 from unet_surgery.errors import TeacherError, WeightsMismatchError
 from unet_surgery.graph import build, parse_config
+from unet_surgery.lower import make_plan
+from unet_surgery.recipe import load_recipe, select
 
 Arrays = dict[str, np.ndarray]
 CONFIG = CONFIGS["sd1"]
@@ -86,6 +90,32 @@ def test_the_view_holds_diffusers_tensors(prefix: str, numbering: Numbering, tmp
     with pytest.raises(OSError, match="Bad file descriptor"):  # closing the view closed the file
         os.fstat(weights.files[0].fd)
     assert (found.inferred.numbering, found.has_ema, found.is_ema, found.parts) == (numbering, False, False, {})
+
+
+@pytest.mark.parametrize("recipe", ["bk_tiny", "ssd_1b"])
+def test_what_follows_works_on_the_view(recipe: str, tmp_path: Path) -> None:
+    """Plan, writer and dtype conversion see a teacher like any other: the student is the same file."""
+    original = CONFIGS["sdxl" if recipe == "ssd_1b" else "sd1"]
+    teacher = write_unet(tmp_path / "teacher", original)
+    for dtype in (None, "fp16"):
+        wanted = us.prune(recipe, teacher, tmp_path / f"wanted-{dtype}", dtype=dtype).folder
+        weights = open_file(tmp_path, prefixed("model.diffusion_model.", ldm_arrays(original)))
+        found = read_single_file(weights, where="x")
+        config, chosen = parse_config(found.inferred.config), load_recipe(recipe)
+        with weights.renamed(found.unet) as view:
+            plan = make_plan(
+                config,
+                select(chosen, build(config)),
+                recipe=chosen.to_data(),
+                teacher_id="local",
+                weights=view.stored(),
+                tensor_bytes=view.tensor_bytes(),
+                dtype=None if dtype is None else "F16",
+            )
+            out = tmp_path / f"out-{dtype}"
+            out.mkdir()
+            write_weights(plan, view, out, on_bytes=lambda _: None)
+        assert (out / WEIGHTS).read_bytes() == (wanted / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "upscale"])
@@ -159,7 +189,7 @@ REFUSED: dict[str, tuple[Arrays, str]] = {
     "SD 3": ({"model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": SOME}, "an SD 3 checkpoint"),
     "Flux": ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": SOME}, "a Flux checkpoint"),
     "diffusers' names": (random_tensors(CONFIG), "without its config.json"),
-    "an empty file": ({}, "0 tensors"),
+    "an empty file": ({}, "no tensors"),
     "something else": ({"hello.weight": SOME}, "1 tensors: hello.weight"),
     "a U-Net cut short": (dict(itertools.islice(SINGLE.items(), 300)), "x.safetensors"),
     "averaged weights cut short": (

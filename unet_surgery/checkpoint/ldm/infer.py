@@ -227,11 +227,8 @@ def _check_tensors(graph: UNetGraph, names: Mapping[str, str], shapes: Mapping[s
 
 def _canonical(raw: Mapping[str, Any], graph: UNetGraph) -> dict[str, Any]:
     """Return the config in the form that published ones have: scalars where the levels agree, no key at its default."""
-    is_xl = "addition_embed_type" in raw
     template = {key: value for key, value in raw.items() if "transformer_layers" not in key and key != "mid_block_type"}
     template["layers_per_block"] = 2
-    if is_xl:
-        template["transformer_layers_per_block"] = [1] * graph.num_levels
     if len(set(raw.get("only_cross_attention", ()))) == 1:
         template["only_cross_attention"] = True
     try:

@@ -6,6 +6,7 @@ behind the other in the original's one tensor; a projection is written transpose
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Literal
@@ -37,10 +38,10 @@ SD2_PREFIX = "cond_stage_model."
 SD2_LAYERS = 24
 """Of Stable Diffusion 2's text encoder; the last is never used, and diffusers does not keep it."""
 
-# Tensors of the original that no forward uses: a training loss, buffers, the temperature of CLIP's own training.
+# Tensors of the original that no forward here uses: a training loss, buffers, what CLIP's own training needed.
 UNUSED: Mapping[PartKind, tuple[str, ...]] = {
     "vae": ("loss.", "model_ema."),
-    "clip": (),
+    "clip": ("logit_scale", PROJECTION),
     "open_clip": ("logit_scale", "attn_mask", "visual."),
 }
 
@@ -85,8 +86,7 @@ def write_part(kind: PartKind, weights: Tensors, prefix: str) -> list[OutTensor]
 def _check_made(tensors: Tensors, made: list[OutTensor], known: set[str], kind: PartKind) -> None:
     what, expected = ("VAE", "an AutoencoderKL") if kind == "vae" else ("text encoder", "a CLIP text model")
     unknown = [name for name in tensors if name not in known]
-    names = [tensor.name for tensor in made]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = [name for name, count in Counter(tensor.name for tensor in made).items() if count > 1]
     if not made or unknown or twice:
         raise TeacherError(
             f"the {what} has tensors that are not known" if unknown else f"this is no {what}, or two in one",

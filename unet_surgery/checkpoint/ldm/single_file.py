@@ -126,7 +126,7 @@ def _check_names(
             "there are no averaged weights in this file",
             where=where,
             expected=f"tensors named {EMA_PREFIX}…",
-            hint="leave out --ema",
+            hint="leave out --variant ema",
         )
     own = (*UNET_PREFIXES[:-1], *BARE_HEADS, *PART_PREFIXES, EMA_PREFIX, "cond_stage_model.", "conditioner.")
     others = [name for name in names if not name.startswith(own)]

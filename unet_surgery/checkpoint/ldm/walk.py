@@ -139,8 +139,8 @@ def _split(name: str) -> tuple[str, tuple[int, ...], str]:
 
 
 def _is_number(text: str) -> bool:
-    """True for a number as it is written in names: no sign, no leading zero, no other script's digits."""
-    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS and str(int(text)) == text
+    """True for a number as it is written in names; one of a thousand digits is none."""
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
 
 
 def _stages(blocks: Mapping[int, Mapping[int, Part]], sampler_kind: Kind) -> tuple[WalkedStage, ...]:
