@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
-    from unet_surgery.api import ModelReport, PruneResult, check, inspect_model, plan, prune
+    from unet_surgery.api import (
+        ModelReport,
+        PruneResult,
+        TransplantResult,
+        check,
+        inspect_model,
+        plan,
+        prune,
+        transplant,
+    )
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
@@ -33,6 +42,7 @@ _HOMES = {
     "Recipe": "unet_surgery.recipe",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
+    "TransplantResult": "unet_surgery.api",
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
     "draw": "unet_surgery.picture",
@@ -41,6 +51,7 @@ _HOMES = {
     "load_unet": "unet_surgery.runtime",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
+    "transplant": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
 
@@ -51,6 +62,7 @@ __all__ = [
     "Recipe",
     "SurgeryError",
     "SurgeryPlan",
+    "TransplantResult",
     "VerifyReport",
     "__version__",
     "check",
@@ -60,6 +72,7 @@ __all__ = [
     "load_unet",
     "plan",
     "prune",
+    "transplant",
     "verify",
 ]
 

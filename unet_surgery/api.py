@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check, transplant. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -6,11 +6,13 @@ A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from unet_surgery.checkpoint.adapters import find_lora, lora_name, transplant_file
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
-from unet_surgery.checkpoint.check import CheckReport, check_student
+from unet_surgery.checkpoint.check import CheckReport, check_student, planned_graphs, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
@@ -35,6 +37,7 @@ from unet_surgery.lower import (
     NodeReport,
     StoredWeights,
     SurgeryPlan,
+    Transplant,
     count,
     make_plan,
     report_nodes,
@@ -47,6 +50,7 @@ from unet_surgery.version import __version__
 __all__ = [
     "ModelReport",
     "PruneResult",
+    "TransplantResult",
     "check",
     "copy_recipe",
     "inspect_model",
@@ -55,6 +59,7 @@ __all__ = [
     "plan_families",
     "plan_whole",
     "prune",
+    "transplant",
 ]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -81,6 +86,15 @@ class PruneResult:
     folder: Path
     plan: SurgeryPlan
     is_pipeline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TransplantResult:
+    """A LoRA that was written for a student: its file, the student's plan, and what became of it."""
+
+    file: Path
+    plan: SurgeryPlan
+    transplant: Transplant
 
 
 def no_progress(_done: int, _total: int) -> None:
@@ -229,6 +243,32 @@ def check(
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
+def transplant(
+    lora: str | Path,
+    student: str | Path,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    max_header: str | int = MAX_HEADER_BYTES,
+) -> TransplantResult:
+    """Write a LoRA that was trained on a student's teacher to ``out`` as one for the student.
+
+    ``student`` is its folder or plan.json; ``out`` is ``./<lora>-<recipe>.safetensors`` by default. Modules are renamed
+    as the plan renumbers them; what acts on removed ones is dropped and listed. No value is changed.
+
+    Raises:
+        TeacherError: it is no LoRA for that teacher, is damaged, or nothing of it is left.
+        VerificationError: there is no plan, or it contradicts itself.
+        OutputError: ``out`` exists (without ``force``), or cannot be written.
+    """
+    decided = read_plan(Path(student))
+    graphs = planned_graphs(decided, str(student))
+    file = find_lora(Path(lora))
+    target = Path(f"{lora_name(file)}-{_recipe_name(decided)}.safetensors" if out is None else out)
+    result = transplant_file(file, decided, graphs, target, force=force, max_header_bytes=parse_size(max_header))
+    return TransplantResult(target, decided, result)
+
+
 def plan_families(recipe: Recipe) -> dict[str, SurgeryPlan]:
     """Return family → the plan of ``recipe`` on that family's full-size U-Net, for every family it serves.
 
@@ -295,6 +335,12 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
     if recipe.extends:
         raise SurgeryError("a Recipe made in Python must list all it removes", hint="load_recipe follows extends")
     return recipe
+
+
+def _recipe_name(decided: SurgeryPlan) -> str:
+    """Return a recipe's name for a file's; a plan that was read may claim any."""
+    name = decided.recipe.get("name")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{0,63}", name) else "student"
 
 
 def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:

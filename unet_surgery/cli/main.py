@@ -15,6 +15,7 @@ from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
 from unet_surgery.cli.recipes import recipes
 from unet_surgery.cli.sink import set_debug, show
+from unet_surgery.cli.transplant import transplant
 from unet_surgery.cli.verify import verify
 
 __all__ = ["app", "main"]
@@ -51,6 +52,7 @@ app.command()(draw)
 app.command()(prune)
 app.command()(check)
 app.command()(verify)
+app.command()(transplant)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

@@ -3,6 +3,8 @@
 Pure values and functions, like :mod:`unet_surgery.graph`.
 """
 
+from unet_surgery.lower.adaptermeta import renamed_metadata
+from unet_surgery.lower.adapters import Moves, Transplant, make_transplant, module_moves
 from unet_surgery.lower.config import lower_config
 from unet_surgery.lower.counts import Counts, count, count_modules, part_of, quantity
 from unet_surgery.lower.features import FeatureMap, FeaturePair, Tap, feature_map
@@ -24,6 +26,7 @@ __all__ = [
     "FeatureMap",
     "FeaturePair",
     "Module",
+    "Moves",
     "NodeReport",
     "Part",
     "Placed",
@@ -32,15 +35,19 @@ __all__ = [
     "SurgeryPlan",
     "Tap",
     "Tensor",
+    "Transplant",
     "changed_skips",
     "count",
     "count_modules",
     "feature_map",
     "lower_config",
     "make_plan",
+    "make_transplant",
+    "module_moves",
     "modules",
     "part_of",
     "quantity",
+    "renamed_metadata",
     "replaced_tensor",
     "report_nodes",
     "shapes_of",
