@@ -30,6 +30,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "check",
         "verify",
         "draw",
+        "controlnet",
         "transplant",
         "SurgeryPlan",
         "SurgeryError",

@@ -19,10 +19,12 @@ from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
     from unet_surgery.api import (
+        ControlNetResult,
         ModelReport,
         PruneResult,
         TransplantResult,
         check,
+        controlnet,
         inspect_model,
         plan,
         prune,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
+    "ControlNetResult": "unet_surgery.api",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
@@ -45,6 +48,7 @@ _HOMES = {
     "TransplantResult": "unet_surgery.api",
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
+    "controlnet": "unet_surgery.api",
     "draw": "unet_surgery.picture",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
@@ -57,6 +61,7 @@ _HOMES = {
 
 __all__ = [
     "CheckReport",
+    "ControlNetResult",
     "ModelReport",
     "PruneResult",
     "Recipe",
@@ -66,6 +71,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "check",
+    "controlnet",
     "draw",
     "inspect_model",
     "load_recipe",

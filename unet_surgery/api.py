@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check, transplant. Thin compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check, controlnet, transplant. Compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -6,6 +6,7 @@ A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from unet_surgery.checkpoint.adapters import find_lora, lora_name, transplant_file
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, planned_graphs, read_plan
+from unet_surgery.checkpoint.controlnet import ControlOptions, open_controlnet, write_controlnet
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
@@ -34,6 +36,7 @@ from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_o
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, resolve_teacher
 from unet_surgery.lower import (
+    ControlNetPlan,
     NodeReport,
     StoredWeights,
     SurgeryPlan,
@@ -48,10 +51,12 @@ from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_f
 from unet_surgery.version import __version__
 
 __all__ = [
+    "ControlNetResult",
     "ModelReport",
     "PruneResult",
     "TransplantResult",
     "check",
+    "controlnet",
     "copy_recipe",
     "inspect_model",
     "parse_size",
@@ -86,6 +91,14 @@ class PruneResult:
     folder: Path
     plan: SurgeryPlan
     is_pipeline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNetResult:
+    """A ControlNet that was written for a student: its folder, and what was made of what."""
+
+    folder: Path
+    plan: ControlNetPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +254,54 @@ def check(
         found = resolve_teacher(str(teacher), weights=True, variant=variant, progress=progress)
         opened = _open(found, max_header=max_header)
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
+
+
+def controlnet(
+    student: str | Path,
+    out: str | Path | None = None,
+    *,
+    teacher: str | Path | None = None,
+    controlnet: str | Path | None = None,
+    seed: int = 0,
+    variant: str | None = None,
+    force: bool = False,
+    max_header: str | int = MAX_HEADER_BYTES,
+    progress: Progress = no_progress,
+) -> ControlNetResult:
+    """Write a ControlNet for the student in a folder to ``out`` (default: ``./<student>-controlnet``).
+
+    It begins as the student's own down side, with the mid of ``teacher`` where the student has none, and adds exactly
+    nothing until it is trained. With ``controlnet``, the folder of one that was trained for the teacher, that one is
+    carried over. ``variant`` is of the weights of ``teacher`` and ``controlnet``; ``seed`` is for what is new.
+
+    Raises:
+        InexpressibleError: diffusers' ``ControlNetModel`` cannot hold the student's down side.
+        TeacherError, HubError: ``teacher`` or ``controlnet`` is not one of the plan's, or cannot be read.
+        VerificationError: there is no plan, or it contradicts itself.
+        OutputError: ``out`` exists (without ``force``), has no room, or cannot be written.
+    """
+    if teacher is not None and controlnet is not None:
+        raise UsageError(
+            "a ControlNet that is carried over brings its own mid",
+            expected="--teacher or --controlnet, not both",
+            hint="leave --teacher out",
+        )
+    if not 0 <= seed < 1 << 63:
+        raise UsageError("this is not a seed", expected="an integer from 0 to 2**63 - 1", found=printable(seed))
+    folder, max_bytes = Path(student), parse_size(max_header)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("the student is not a folder", where=str(folder), expected="a folder that prune wrote")
+    decided = read_plan(folder)
+    graphs = planned_graphs(decided, str(folder))
+    target = Path(f"{os.path.basename(os.path.abspath(folder))}-controlnet" if out is None else out)
+    opened = None
+    if teacher is not None:
+        found = resolve_teacher(_named(teacher), weights=True, variant=variant, unet_only=True, progress=progress)
+        opened = _open(found, max_header=max_header)
+    trained = None if controlnet is None else open_controlnet(Path(controlnet), variant, max_header_bytes=max_bytes)
+    options = ControlOptions(__version__, seed, force, max_bytes)
+    result = write_controlnet(folder, decided, graphs, target, options, progress, teacher=opened, controlnet=trained)
+    return ControlNetResult(target, result)
 
 
 def transplant(

@@ -11,8 +11,8 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.foreign import recognise_names
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, encode_header
 from unet_surgery.checkpoint.layout import WeightsChoice
-from unet_surgery.checkpoint.outfile import check_target, write_target
 from unet_surgery.checkpoint.reader import OpenFile, open_weights
+from unet_surgery.checkpoint.target import check_target, write_target
 from unet_surgery.errors import SurgeryError, TeacherError, first_few
 from unet_surgery.graph import UNetGraph
 from unet_surgery.lower import SurgeryPlan, Transplant, make_transplant, module_moves, renamed_metadata

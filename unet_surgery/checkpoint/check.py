@@ -33,7 +33,7 @@ from unet_surgery.graph import UNetGraph, build, parse_config, remove
 from unet_surgery.lower import SurgeryPlan, count, lower_config, shapes_of, weight_map
 from unet_surgery.recipe.yamlfile import parse_yaml
 
-__all__ = ["CheckReport", "check_student", "planned_graphs", "read_plan", "unet_folder"]
+__all__ = ["CheckReport", "check_identity", "check_student", "planned_graphs", "read_plan", "unet_folder"]
 
 CHUNK_BYTES = 4 << 20
 MAX_PLAN_BYTES = 2 * MAX_JSON_BYTES  # SDXL's has half a megabyte
@@ -121,7 +121,7 @@ def check_student(
         if teacher is None:
             return CheckReport(plan, unet, len(weights), len(zeros), 0, 0, 0)
         with teacher.open_weights() as originals:
-            _check_identity(plan, originals, teacher)
+            check_identity(plan, originals, teacher)
             num_bytes = _compare(plan, weights, originals, unet, progress)
         files = _compare_components(folder, teacher) if unet != folder else 0
         return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
@@ -254,7 +254,12 @@ def _check_names(plan: SurgeryPlan, weights: Weights, folder: Path) -> None:
         )
 
 
-def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
+def check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
+    """Check that ``teacher``, with the weights ``originals``, is the one that the plan is of.
+
+    Raises:
+        TeacherError: its config or its tensors are others.
+    """
     recorded = plan.teacher_weights
     if recorded is None:
         return

@@ -18,6 +18,7 @@ from unet_surgery.checkpoint.licence import CARD, find_licence, is_licence_file
 from unet_surgery.checkpoint.normalize import Content, Mending, mendings
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
+from unet_surgery.checkpoint.target import check_apart, check_space
 from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, write_weights
 from unet_surgery.errors import OutputError, SurgeryError, TeacherError, first_few
@@ -29,7 +30,6 @@ __all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "config_text", "write_s
 log = logging.getLogger(__name__)
 
 CONFIG, PLAN, RECIPE = "config.json", "plan.json", "recipe.yaml"
-SPARE_BYTES = 4 << 20
 SLACK_SECONDS = 2.0  # of a copy's times, and of file systems that count in even seconds
 
 
@@ -77,9 +77,9 @@ def write_student(
     texts |= {RECIPE: recipe_yaml.encode(), CARD: write_card(plan, facts).encode("utf-8")}
     texts |= {PICTURE: draw(plan).encode("utf-8"), PLAN: plan.to_json().encode()}  # the plan last: _check_untouched
     total = plan.student_bytes + sum(_size(content) for content in files.values() if not _links(content, options))
-    _check_apart(out, teacher)
+    check_apart(out, teacher.root, "teacher")
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
-        _check_space(staging.folder, total + sum(map(len, texts.values())))
+        check_space(staging.folder, total + sum(map(len, texts.values())))
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -276,27 +276,3 @@ def _ignore(_: int) -> None:
 
 def _ended(where: str) -> TeacherError:
     return TeacherError("a file of the teacher ended while it was read", where=where, hint="run again")
-
-
-def _check_apart(out: Path, teacher: TeacherFolder) -> None:
-    """The output must not be the teacher, inside it, or around it: by device and inode, not by name."""
-    real, root = Path(os.path.realpath(out)), Path(os.path.realpath(teacher.root))
-    here = [p for p in (real, *real.parents) if p.exists()]
-    inside = any(p.samefile(root) for p in here)
-    around = real.exists() and any(p.samefile(real) for p in root.parents)
-    if inside or around:
-        raise OutputError(
-            "the output is the teacher's folder, inside it or around it", where=str(out), hint="choose another --out"
-        )
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = disk.free_bytes(folder)
-    if free < num_bytes + SPARE_BYTES:
-        raise OutputError(
-            "there is not enough room on the disk",
-            where=str(folder.parent),
-            expected=f"{num_bytes / 1e9:.2f} GB",
-            found=f"{free / 1e9:.2f} GB free",
-            hint="free some, or write to another disk with --out",
-        )

@@ -1,4 +1,7 @@
-"""One file as output: refused before any work, written whole or not at all, and every refusal in words."""
+"""Where output goes: refused before any work, with room for it, and apart from what it is made of.
+
+A file is written whole or not at all here; :mod:`unet_surgery.checkpoint.staging` does the same for folders.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from pathlib import Path
 from unet_surgery.checkpoint import disk
 from unet_surgery.errors import OutputBusyError, OutputError
 
-__all__ = ["check_target", "write_target"]
+__all__ = ["check_apart", "check_space", "check_target", "write_target"]
+
+SPARE_BYTES = 4 << 20
 
 
 def check_target(target: Path, source: Path, *, force: bool) -> None:
@@ -49,3 +54,36 @@ def write_target(target: Path, write: Callable[[int], None], *, force: bool) -> 
         ) from error
     except OSError as error:
         raise OutputError("the file cannot be written", where=str(target), found=error.strerror) from error
+
+
+def check_apart(out: Path, root: Path, whose: str) -> None:
+    """Check that the folder ``out`` is not ``root``, inside it, or around it: by device and inode, not by name.
+
+    Raises:
+        OutputError: it is; ``whose`` is what the message calls ``root``.
+    """
+    real, top = Path(os.path.realpath(out)), Path(os.path.realpath(root))
+    here = [p for p in (real, *real.parents) if p.exists()]
+    inside = any(p.samefile(top) for p in here)
+    around = real.exists() and any(p.samefile(real) for p in top.parents)
+    if inside or around:
+        raise OutputError(
+            f"the output is the {whose}'s folder, inside it or around it", where=str(out), hint="choose another --out"
+        )
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Check that ``num_bytes`` more fit on the disk of ``folder``, a staging folder.
+
+    Raises:
+        OutputError: they do not.
+    """
+    free = disk.free_bytes(folder)
+    if free < num_bytes + SPARE_BYTES:
+        raise OutputError(
+            "there is not enough room on the disk",
+            where=str(folder.parent),
+            expected=f"{num_bytes / 1e9:.2f} GB",
+            found=f"{free / 1e9:.2f} GB free",
+            hint="free some, or write to another disk with --out",
+        )
