@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 import torch
 from configs import CONFIGS, FULL_SIZE
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from teachers import WEIGHTS, entries, folder_bytes, write_unet
@@ -208,7 +214,10 @@ def test_sdxl(recipe: str, tmp_path: Path) -> None:
 
 def test_in_diffusers_pipeline(students: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
     control = load_strictly(controlnet(students["bk_tiny"], tmp_path / "control", teacher=tiny).folder)
-    plain = StableDiffusionPipeline.from_pretrained(students["bk_tiny"], safety_checker=None)
+    # a ControlNet's embedding makes its picture eight times smaller, so the VAE must as well
+    stages = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(**stages, block_out_channels=[4] * 4, norm_num_groups=2)
+    plain = StableDiffusionPipeline.from_pretrained(students["bk_tiny"], vae=vae)
     steered = StableDiffusionControlNetPipeline(**plain.components, controlnet=control)
     words: dict[str, Any] = {
         "prompt": "a",
