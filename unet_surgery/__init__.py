@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
-    from unet_surgery.runtime import VerifyReport, load_unet, verify
+    from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
     "ControlNetResult": "unet_surgery.api",
+    "ConvertResult": "unet_surgery.runtime",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
@@ -49,6 +50,7 @@ _HOMES = {
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
     "controlnet": "unet_surgery.api",
+    "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
@@ -62,6 +64,7 @@ _HOMES = {
 __all__ = [
     "CheckReport",
     "ControlNetResult",
+    "ConvertResult",
     "ModelReport",
     "PruneResult",
     "Recipe",
@@ -72,6 +75,7 @@ __all__ = [
     "__version__",
     "check",
     "controlnet",
+    "convert",
     "draw",
     "inspect_model",
     "load_recipe",
