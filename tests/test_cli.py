@@ -13,7 +13,20 @@ import pytest
 from configs import CONFIGS
 from teachers import WEIGHTS, entries, write_unet
 
-COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "export", "push", "doctor"]
+COMMANDS = [
+    "inspect",
+    "plan",
+    "draw",
+    "prune",
+    "check",
+    "verify",
+    "export",
+    "push",
+    "controlnet",
+    "transplant",
+    "convert",
+    "doctor",
+]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]
 
 

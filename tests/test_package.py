@@ -33,6 +33,9 @@ def test_public_names_are_complete_and_resolve() -> None:
         "PushResult",
         "draw",
         "export",
+        "controlnet",
+        "transplant",
+        "convert",
         "SurgeryPlan",
         "SurgeryError",
     }

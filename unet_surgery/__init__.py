@@ -20,35 +20,44 @@ from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
     from unet_surgery.api import (
+        ControlNetResult,
         ExportResult,
         ModelReport,
         PruneResult,
         PushResult,
+        TransplantResult,
         check,
+        controlnet,
         export,
         inspect_model,
         plan,
         prune,
         push,
+        transplant,
     )
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
-    from unet_surgery.runtime import VerifyReport, load_unet, verify
+    from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
     "ExportResult": "unet_surgery.api",
+    "ControlNetResult": "unet_surgery.api",
+    "ConvertResult": "unet_surgery.runtime",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
+    "TransplantResult": "unet_surgery.api",
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
+    "controlnet": "unet_surgery.api",
+    "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
     "inspect_model": "unet_surgery.api",
@@ -57,11 +66,14 @@ _HOMES = {
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
     "push": "unet_surgery.api",
+    "transplant": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
 
 __all__ = [
     "CheckReport",
+    "ControlNetResult",
+    "ConvertResult",
     "ExportResult",
     "ModelReport",
     "PruneResult",
@@ -69,9 +81,12 @@ __all__ = [
     "Recipe",
     "SurgeryError",
     "SurgeryPlan",
+    "TransplantResult",
     "VerifyReport",
     "__version__",
     "check",
+    "controlnet",
+    "convert",
     "draw",
     "export",
     "inspect_model",
@@ -80,6 +95,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "transplant",
     "verify",
 ]
 

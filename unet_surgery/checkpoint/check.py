@@ -28,11 +28,11 @@ from unet_surgery.errors import (
     first_few,
     printable,
 )
-from unet_surgery.graph import build, parse_config, remove
+from unet_surgery.graph import UNetGraph, build, parse_config, remove
 from unet_surgery.lower import SurgeryPlan, count, lower_config, shapes_of, weight_map
 from unet_surgery.recipe.yamlfile import parse_yaml
 
-__all__ = ["CheckReport", "check_student", "read_plan", "unet_folder"]
+__all__ = ["CheckReport", "check_identity", "check_student", "planned_graphs", "read_plan", "unet_folder"]
 
 CHUNK_BYTES = 4 << 20
 MAX_PLAN_BYTES = 2 * MAX_JSON_BYTES  # SDXL's has half a megabyte
@@ -120,7 +120,7 @@ def check_student(
         if teacher is None:
             return CheckReport(plan, unet, len(weights), len(zeros), 0, 0, 0)
         with teacher.open_weights() as originals:
-            _check_identity(plan, originals, teacher)
+            check_identity(plan, originals, teacher)
             num_bytes = _compare(plan, weights, originals, unet, progress)
             files = _compare_parts(folder, part_files(teacher, originals)) if unet != folder else 0
         return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
@@ -161,7 +161,7 @@ def _check_plan(plan: SurgeryPlan, folder: Path, max_header_bytes: int) -> None:
                 expected=f"{counted.params} parameters in {counted.tensors} tensors, {counted.macs} MACs",
                 found=f"{counts.params} parameters in {counts.tensors} tensors, {counts.macs} MACs",
             )
-    _check_derived(plan, folder)
+    planned_graphs(plan, str(folder / PLAN))
     try:
         recipe = parse_yaml(read_regular(folder / RECIPE, MAX_JSON_BYTES).decode("utf-8"), RECIPE).data
     except (SurgeryError, UnicodeDecodeError) as error:
@@ -179,25 +179,34 @@ def _check_plan(plan: SurgeryPlan, folder: Path, max_header_bytes: int) -> None:
         ) from error
 
 
-def _check_derived(plan: SurgeryPlan, folder: Path) -> None:
-    """The student's config and the source of every tensor follow from the teacher's config and what was removed."""
+def planned_graphs(plan: SurgeryPlan, where: str) -> tuple[UNetGraph, UNetGraph]:
+    """Return the graphs of teacher and student, the student's with the teacher's modules as sources.
+
+    ``where`` is what errors call the plan. A plan is a claim: the student's config and the source of every tensor must
+    follow from the teacher's config and what was removed.
+
+    Raises:
+        VerificationError: they do not, or what the plan removes cannot be removed.
+    """
     try:
         config = parse_config(plan.teacher_config)
-        left = remove(build(config), plan.removed)
+        whole = build(config)
+        left = remove(whole, plan.removed)
         sources, student_config = weight_map(left), lower_config(config.raw, left)
     except (SurgeryError, KeyError, IndexError) as error:
         raise VerificationError(
-            "what the plan removes cannot be removed", where=str(folder / PLAN), found=printable(str(error))
+            "what the plan removes cannot be removed", where=where, found=printable(str(error))
         ) from error
     names = sources.keys() | plan.weights.keys()
     wrong = sorted(name for name in names if sources.get(name, "") != plan.weights.get(name, ""))
     if wrong or student_config != plan.student_config:
         raise VerificationError(
             "the plan's config or weight map does not follow from what it removes",
-            where=str(folder / PLAN),
+            where=where,
             found=f"{len(wrong)} tensors of another source: {first_few(wrong)}" if wrong else "another config",
             hint="prune again",
         )
+    return whole, left
 
 
 def _check_config(plan: SurgeryPlan, config: dict[str, object], unet: Path) -> None:
@@ -244,7 +253,12 @@ def _check_names(plan: SurgeryPlan, weights: Weights, folder: Path) -> None:
         )
 
 
-def _check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
+def check_identity(plan: SurgeryPlan, originals: Weights, teacher: TeacherFolder) -> None:
+    """Check that ``teacher``, with the weights ``originals``, is the one that the plan is of.
+
+    Raises:
+        TeacherError: its config or its tensors are others.
+    """
     recorded = plan.teacher_weights
     if recorded is None:
         return

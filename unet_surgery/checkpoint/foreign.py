@@ -30,7 +30,7 @@ def _holding(*parts: str) -> Callable[[str], bool]:
 
 
 # The first test that any name passes decides, so what is particular stands before what is common.
-_is_lora = _holding("lora_", ".lora.", ".lora_down", "hada_w1", "lokr_w1", ".dora_scale")
+_is_lora = _holding("lora_", "_lora.", ".lora.", ".lora_down", "hada_w1", "lokr_w1", ".dora_scale")
 _MODELS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     (
         "a Flux checkpoint: a diffusion transformer, not a U-Net",

@@ -17,6 +17,7 @@ from unet_surgery.checkpoint.licence import CARD, find_licence, is_licence_file
 from unet_surgery.checkpoint.part_files import PartFiles, part_files, size_of, write_part_file
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.staging import Staging
+from unet_surgery.checkpoint.target import check_apart, check_space
 from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import DEFAULT_SHARD_BYTES, DTYPES, write_weights
 from unet_surgery.errors import OutputError, SurgeryError, first_few
@@ -28,7 +29,6 @@ __all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "check_output", "config
 log = logging.getLogger(__name__)
 
 CONFIG, PLAN, RECIPE = "config.json", "plan.json", "recipe.yaml"
-SPARE_BYTES = 4 << 20
 SLACK_SECONDS = 2.0  # of a copy's times, and of file systems that count in even seconds
 
 
@@ -91,7 +91,7 @@ def write_student(
     total = plan.student_bytes + sum(map(size_of, written))
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
-        _check_space(staging.folder, total + sum(map(len, texts.values())))
+        check_space(staging.folder, total + sum(map(len, texts.values())))
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -128,7 +128,7 @@ def check_output(out: Path, teacher: TeacherFolder, options: StudentOptions, num
     """
     _check_apart(out, teacher)
     Staging(out, replace=_check_replaceable if options.force else None).refuse_early()
-    _check_space(out, num_bytes)
+    check_space(out if out.exists() else out.absolute().parent, num_bytes)
 
 
 def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -> tuple[str, ...]:
@@ -220,28 +220,6 @@ def _is_own(folder: Path, name: str) -> bool:
 
 
 def _check_apart(out: Path, teacher: TeacherFolder) -> None:
-    """The output must not be the teacher, inside it, or around it: by device and inode, not by name."""
-    real = Path(os.path.realpath(out))
-    here = [p for p in (real, *real.parents) if p.exists()]
-    for folder in (teacher.root, *((teacher.base.root,) if teacher.base else ())):
-        root = Path(os.path.realpath(folder))
-        inside = any(p.samefile(root) for p in here)
-        around = real.exists() and any(p.samefile(real) for p in root.parents)
-        if inside or around:
-            raise OutputError(
-                "the output is the teacher's folder, inside it or around it",
-                where=str(out),
-                hint="choose another --out",
-            )
-
-
-def _check_space(folder: Path, num_bytes: int) -> None:
-    free = disk.free_bytes(folder if folder.exists() else folder.absolute().parent)
-    if free < num_bytes + SPARE_BYTES:
-        raise OutputError(
-            "there is not enough room on the disk",
-            where=str(folder.parent),
-            expected=f"{num_bytes / 1e9:.2f} GB",
-            found=f"{free / 1e9:.2f} GB free",
-            hint="free some, or write to another disk with --out",
-        )
+    check_apart(out, teacher.root, "teacher")
+    if teacher.base is not None:
+        check_apart(out, teacher.base.root, "base")

@@ -48,7 +48,7 @@ def export(
     Example: unet-surgery export ./my-small --out my-small.safetensors
     """
     from unet_surgery.api import export as run
-    from unet_surgery.api import parse_size
+    from unet_surgery.checkpoint.sizes import parse_size
 
     with progress_bar("writing", quiet) as progress:
         result = run(

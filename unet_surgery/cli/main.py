@@ -8,6 +8,8 @@ import typer
 
 from unet_surgery import __version__
 from unet_surgery.cli.check import check
+from unet_surgery.cli.controlnet import controlnet
+from unet_surgery.cli.convert import convert
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
 from unet_surgery.cli.export import export
@@ -17,6 +19,7 @@ from unet_surgery.cli.prune import prune
 from unet_surgery.cli.push import push
 from unet_surgery.cli.recipes import recipes
 from unet_surgery.cli.sink import set_debug, show
+from unet_surgery.cli.transplant import transplant
 from unet_surgery.cli.verify import verify
 
 __all__ = ["app", "main"]
@@ -55,6 +58,9 @@ app.command()(check)
 app.command()(verify)
 app.command()(export)
 app.command()(push)
+app.command()(controlnet)
+app.command()(transplant)
+app.command()(convert)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

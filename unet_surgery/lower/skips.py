@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unet_surgery.graph.nodes import Layer, UNetGraph
 
-__all__ = ["ChangedSkip", "changed_skips", "skip_sources"]
+__all__ = ["ChangedSkip", "changed_skips", "skip_outputs", "skip_sources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,18 @@ def skip_sources(graph: UNetGraph) -> dict[str, tuple[str, str]]:
     The up side takes the down side's outputs last in, first out. A layer whose attention has gone is still the same
     place, though its output then comes from its resnet.
     """
-    stack = [("conv_in", "conv_in")]
-    for stage in graph.down:
-        stack += [(_last_module(layer), layer.resnet.source) for layer in stage.layers]
-        if stage.sampler is not None:
-            stack.append((stage.sampler.source, stage.sampler.source))
+    stack = skip_outputs(graph)
     return {layer.resnet.source: stack.pop() for stage in graph.up for layer in stage.layers}
+
+
+def skip_outputs(graph: UNetGraph) -> list[tuple[str, str]]:
+    """Return the down side's outputs in their order, each as (module, place) of :func:`skip_sources`."""
+    outputs = [("conv_in", "conv_in")]
+    for stage in graph.down:
+        outputs += [(_last_module(layer), layer.resnet.source) for layer in stage.layers]
+        if stage.sampler is not None:
+            outputs.append((stage.sampler.source, stage.sampler.source))
+    return outputs
 
 
 def _last_module(layer: Layer) -> str:

@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check, export, push. Thin compositions of the packages below, without torch.
+"""The verbs of the surgery itself: inspect, plan, prune, check.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[/folder][@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -14,7 +14,6 @@ from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
-from unet_surgery.checkpoint.ldm.export import ExportResult, export
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.sizes import parse_size
@@ -34,7 +33,6 @@ from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_o
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, Transfer, fetch_teacher, resolve_teacher
 from unet_surgery.hub.open import open_resolved, opened_header
-from unet_surgery.hub.push import PushResult, push
 from unet_surgery.lower import (
     NodeReport,
     StoredWeights,
@@ -49,20 +47,17 @@ from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_f
 from unet_surgery.version import __version__
 
 __all__ = [
-    "ExportResult",
     "ModelReport",
     "PruneResult",
-    "PushResult",
     "check",
     "copy_recipe",
-    "export",
     "inspect_model",
-    "parse_size",
+    "named",
+    "no_progress",
     "plan",
     "plan_families",
     "plan_whole",
     "prune",
-    "push",
 ]
 
 log = logging.getLogger(__name__)
@@ -114,7 +109,7 @@ def inspect_model(
         TeacherError: there is no U-Net there, or config and weights contradict each other.
         HubError: the teacher is on the Hub, which cannot be reached.
     """
-    opened = open_resolved(resolve_teacher(_named(teacher), variant=variant), max_header=max_header, config=config)
+    opened = open_resolved(resolve_teacher(named(teacher), variant=variant), max_header=max_header, config=config)
     _say_assumed(opened)
     config_of_it, graph = _graph(opened)
     stored = None
@@ -167,7 +162,7 @@ def plan_whole(teacher: str | Path, *, variant: str | None = None) -> SurgeryPla
     Raises:
         TeacherError, HubError: as :func:`inspect_model`.
     """
-    opened = open_resolved(resolve_teacher(_named(teacher), variant=variant), config_only=True)
+    opened = open_resolved(resolve_teacher(named(teacher), variant=variant), config_only=True)
     config, graph = _graph(opened)
     return make_plan(
         config,
@@ -230,7 +225,7 @@ def prune(
         license=license,
     )
     found = resolve_teacher(_teacher_of(chosen, teacher), variant=variant)
-    others = None if base is None else resolve_teacher(_named(base), variant=None if found.file else variant)
+    others = None if base is None else resolve_teacher(named(base), variant=None if found.file else variant)
     # What is wrong with recipe, config or header is found before gigabytes are made or fetched.
     offered = None if others is None else open_resolved(others, config_only=True)
     early = open_resolved(
@@ -280,12 +275,12 @@ def check(
     if teacher is None and base is not None:
         raise UsageError("a base without a teacher compares nothing", hint="give --teacher as well")
     if teacher is not None:
-        found = fetch_teacher(resolve_teacher(_named(teacher), variant=variant), progress=progress)
+        found = fetch_teacher(resolve_teacher(named(teacher), variant=variant), progress=progress)
         opened = open_resolved(found, max_header=max_header)
         if found.remote is not None:
             _fetch_kept(found, opened, read_plan(Path(folder)), progress)
         if base is not None:
-            opened = opened.with_base(_parts_of(resolve_teacher(_named(base), variant=variant), progress))
+            opened = opened.with_base(_parts_of(resolve_teacher(named(base), variant=variant), progress))
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
@@ -339,13 +334,14 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
 
 def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:
     if teacher is not None:
-        return _named(teacher)
+        return named(teacher)
     if recipe.teacher is None:
         raise FamilyError(f"the recipe {recipe.name!r} names no teacher", hint="give one with --teacher")
     return recipe.teacher
 
 
-def _named(teacher: str | Path) -> str:
+def named(teacher: str | Path) -> str:
+    """Return what the user wrote for a model; UsageError if that is nothing."""
     if not str(teacher):
         raise UsageError("the teacher is empty text", hint="give a folder, a Hub id or a built-in name")
     return str(teacher)
