@@ -52,6 +52,8 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/pruning.py
+	$(BIN)/python benchmarks/ldm.py
+	$(BIN)/python benchmarks/hub.py
 
 clean:
 	rm -rf .venv $(DEMO)

@@ -156,7 +156,7 @@ def write_controlnet(
         texts[CARD] = write_control_card(plan, decided, licence, options.version, options.seed).encode("utf-8")
         with Staging(out, replace=_check_replaceable if options.force else None) as staging:
             total = sum(tensor.num_bytes for tensor in tensors)
-            check_space(staging.folder, total + sum(map(len, texts.values())))
+            check_space(staging.folder.parent, total + sum(map(len, texts.values())))
             _write_weights(staging.folder / WEIGHTS, tensors, total, progress)
             for name, data in texts.items():
                 disk.write_file(staging.folder / name, data)

@@ -91,7 +91,7 @@ def write_student(
     total = plan.student_bytes + sum(map(size_of, written))
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
-        check_space(staging.folder, total + sum(map(len, texts.values())))
+        check_space(staging.folder.parent, total + sum(map(len, texts.values())))
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -128,7 +128,7 @@ def check_output(out: Path, teacher: TeacherFolder, options: StudentOptions, num
     """
     _check_apart(out, teacher)
     Staging(out, replace=_check_replaceable if options.force else None).refuse_early()
-    check_space(out if out.exists() else out.absolute().parent, num_bytes)
+    check_space(out.absolute().parent, num_bytes)
 
 
 def _again(plan: SurgeryPlan, teacher: TeacherFolder, options: StudentOptions) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def check_apart(out: Path, root: Path, whose: str) -> None:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Check that ``num_bytes`` more fit on the disk of ``folder``, a staging folder.
+    """Check that ``num_bytes`` more fit on the disk of ``folder``.
 
     Raises:
         OutputError: they do not.
@@ -82,7 +82,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
     if free < num_bytes + SPARE_BYTES:
         raise OutputError(
             "there is not enough room on the disk",
-            where=str(folder.parent),
+            where=str(folder),
             expected=f"{num_bytes / 1e9:.2f} GB",
             found=f"{free / 1e9:.2f} GB free",
             hint="free some, or write to another disk with --out",

@@ -1,4 +1,4 @@
-"""The names that a push is given: a repository ``org/name`` and a branch, corrected where they are nearly right."""
+"""The names of repositories and branches, ``org/name`` among them, corrected where they are nearly right."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from unet_surgery.errors import UsageError, printable
 
-__all__ = ["check_branch", "check_repository"]
+__all__ = ["check_branch", "check_repository", "corrected"]
 
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(?:/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*")
@@ -23,7 +23,7 @@ def check_repository(text: str) -> str:
     """
     if _is_repository(text):
         return text
-    meant = _corrected(text)
+    meant = corrected(text)
     raise UsageError(
         "this is not the name of a model on the Hub",
         expected="org/name: a user or organisation, and letters, digits, '.', '_' and '-'",
@@ -67,7 +67,7 @@ def _is_branch(text: str) -> bool:
     )
 
 
-def _corrected(text: str) -> str | None:
+def corrected(text: str) -> str | None:
     """Return the name in an address, with dashes for spaces; None where there is none to be seen."""
     path = _SITE.sub("", text.strip()[:500]).partition("?")[0].partition("#")[0].partition("@")[0]
     parts = [part.strip() for part in path.replace("\\", "/").split("/") if part.strip()]

@@ -15,6 +15,7 @@ from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_
 from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
 from unet_surgery.hub.cache import cache_folder
+from unet_surgery.hub.names import corrected
 from unet_surgery.hub.remote import RemoteWeights
 from unet_surgery.hub.teacher import HubTeacher, find_hub_teacher
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 600.0
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
-_URL = re.compile(rf"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>{_PART}/{_PART})(?:/.*)?")
+_SITE = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         cached = cache_folder() / text
         return ResolvedTeacher(cached if cached.is_dir() else bundled_folder(text), text, text, variant)
     match = _HUB_TEACHER.fullmatch(text)
-    if match is not None and not _URL.fullmatch(text):
+    if match is not None and not _SITE.match(text):
         return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
@@ -157,11 +158,8 @@ def _on_the_hub(repository: str, inside: str, revision: str | None, variant: str
 
 
 def _nearest(text: str) -> str | None:
-    if (match := _URL.fullmatch(text)) is not None:
-        return f"the model's id alone: {match['id']}"
-    repaired = re.sub(r"\s+", "-", text.strip().strip("/").replace("\\", "/"))
-    if repaired != text and _HUB_TEACHER.fullmatch(repaired):
-        return f"did you mean {repaired!r}?"
+    if (meant := corrected(text)) is not None:
+        return f"did you mean {meant!r}?"
     names = bundled_names()
     close = [name for name in names if name.startswith(text)] or get_close_matches(text, names, n=1)
     return f"did you mean {close[0]!r}?" if close else None

@@ -19,10 +19,11 @@ from unet_surgery.checkpoint.ldm.runtimes import Verdict, verdicts
 from unet_surgery.checkpoint.ldm.single_file import UNET_PREFIX, PartKind
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.reader import Weights, open_weights
+from unet_surgery.checkpoint.target import check_space, check_target, write_target
 from unet_surgery.checkpoint.teacher import TeacherFolder, open_teacher
 from unet_surgery.checkpoint.tensorfile import METADATA, OutTensor, in_file_order, write_tensors
 from unet_surgery.checkpoint.writer import DTYPES
-from unet_surgery.errors import ConfigError, OutputBusyError, OutputError, TeacherError, UsageError, printable
+from unet_surgery.errors import ConfigError, OutputError, TeacherError, UsageError, printable
 from unet_surgery.graph import UNetGraph, build, parse_config
 from unet_surgery.lower import shapes_of
 
@@ -30,7 +31,6 @@ __all__ = ["ExportResult", "export"]
 
 SUFFIX = ".safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
-SPARE_BYTES = 4 << 20
 KINDS = {
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
@@ -184,12 +184,8 @@ def _check_target(target: Path, root: Path, *, force: bool) -> None:
             where=str(target) or "--out",
             expected=f"a name that ends in {SUFFIX}",
         )
-    if os.path.lexists(target) and not (force and target.is_file()):
-        hint = "choose another --out, or --force to replace it" if target.is_file() else "choose another --out"
-        raise OutputError("the output exists", where=str(target), hint=hint)
+    check_target(target, root, force=force)
     parent = Path(os.path.realpath(target.parent))
-    if not parent.is_dir():
-        raise OutputError("the output's folder does not exist", where=str(target.parent), hint="make it first")
     if root.exists() and any(path.samefile(root) for path in (parent, *parent.parents)):
         raise OutputError("the output is inside the exported folder", where=str(target), hint="choose another --out")
 
@@ -205,7 +201,7 @@ def _write(
 ) -> int:
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors], METADATA)
     total, done = len(header) + sum(tensor.num_bytes for tensor in tensors), len(header)
-    _check_space(target, total)
+    check_space(target.parent, total)
 
     def on_bytes(count: int) -> None:
         nonlocal done
@@ -219,24 +215,5 @@ def _write(
         for component in components:
             component.check_unchanged()
 
-    try:
-        disk.replace_file(target, write, force=force)
-    except FileExistsError:
-        raise OutputError("the output appeared meanwhile", where=str(target), hint="choose another --out") from None
-    except BlockingIOError as error:
-        raise OutputBusyError("another process is writing this file", where=str(target)) from error
-    except OSError as error:
-        raise OutputError("the file cannot be written", where=str(target), found=error.strerror) from error
+    write_target(target, write, force=force)
     return total
-
-
-def _check_space(target: Path, num_bytes: int) -> None:
-    free = disk.free_bytes(target.parent)
-    if free < num_bytes + SPARE_BYTES:
-        raise OutputError(
-            "there is not enough room on the disk",
-            where=str(target.parent),
-            expected=f"{num_bytes / 1e9:.2f} GB",
-            found=f"{free / 1e9:.2f} GB free",
-            hint="free some, or write to another disk with --out",
-        )
