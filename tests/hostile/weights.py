@@ -125,6 +125,9 @@ FOREIGN = {
     "textual inversion": ("emb_params", "a textual inversion"),
 }
 
+LDM = "model.diffusion_model."
+BLOCKS = tuple(f"{LDM}{name}" for name in ("input_blocks.0.0.weight", "out.2.weight", "time_embed.0.weight"))
+
 WEIGHTS_CASES = (
     # --- against the config ---
     refused("no tensors at all", tensors(lambda _: {}), "686 missing", "and 682 more"),
@@ -153,10 +156,17 @@ WEIGHTS_CASES = (
     # --- other models ---
     *(refused(what, named(name), f"This looks like {says}") for what, (name, says) in FOREIGN.items()),
     *(
-        refused(f"{what} as the teacher itself", file_as_teacher(name), "is a file", f"found:    {says}")
+        refused(f"{what} as the teacher itself", file_as_teacher(name), "there is no U-Net", f"found:    {says}")
         for what, (name, says) in FOREIGN.items()
-        if what in ("LoRA (kohya)", "VAE", "ControlNet", "SD 3", "single file (LDM)")
+        if what in ("LoRA (kohya)", "VAE", "ControlNet", "SD 3")
     ),
+    # --- single files in the original layout ---
+    refused("an original U-Net of one tensor", file_as_teacher(LDM + "input_blocks.0.0.weight"), "tensors are missing"),
+    refused("an original block of an absurd number", file_as_teacher(*BLOCKS, LDM + f"input_blocks.{10**9}.0.op.bias")),
+    refused("an original U-Net in other digits", file_as_teacher(*BLOCKS, LDM + "input_blocks.\u0661.0.op.bias")),
+    refused("20,000 original blocks", file_as_teacher(*(f"{LDM}input_blocks.{i}.0.op.bias" for i in range(20_000)))),
+    refused("averaged names that mean nothing", file_as_teacher("model_ema.diffusion_modelinput_blocks00weight" + "0" * 300)),
+    refused("two original U-Nets", file_as_teacher(*BLOCKS, "input_blocks.0.0.weight"), "2 U-Nets"),
     refused("a LoRA merged in by names", also("unet.lora_A.weight"), "1 unexpected", "a LoRA"),
     # --- codes without their scales ---
     refused("all in int8", relabelled("I8", every, 4), "not floating point", "686 tensors of I8"),

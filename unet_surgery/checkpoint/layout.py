@@ -73,14 +73,13 @@ def choose_weights(
     # an index before its shards
     pickles = sorted(n for n in names if n.endswith(".bin.index.json"))
     pickles += sorted(n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    convert = f"unet-surgery convert {shlex.quote(f'{where}/{pickles[0]}')}" if pickles else ""
     raise TeacherError(
         "there are no safetensors weights",
         where=where,
         expected=f"{base}.safetensors or its index and shards",
         found=f"{pickles[0]}, a pickle, which is never opened" if pickles else _listing(names),
-        hint=f"unet-surgery convert {shlex.quote(f'{where}/{pickles[0]}')} makes safetensors of it"
-        if pickles
-        else None,
+        hint=f"{convert} makes safetensors of it" if pickles else None,
     )
 
 
