@@ -13,7 +13,7 @@ import pytest
 from configs import CONFIGS
 from teachers import WEIGHTS, entries, write_unet
 
-COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "controlnet", "transplant", "doctor"]
+COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "controlnet", "transplant", "convert", "doctor"]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]
 
 

@@ -28,8 +28,8 @@ from test_cli import tool
 
 import unet_surgery
 from unet_surgery import Recipe, SurgeryError
-from unet_surgery.api import controlnet
 from unet_surgery.checkpoint.check import planned_graphs, read_plan
+from unet_surgery.derive import controlnet
 from unet_surgery.errors import InexpressibleError, OutputError, TeacherError, UsageError, VerificationError
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import carry_controlnet, skip_outputs, start_controlnet

@@ -32,6 +32,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "draw",
         "controlnet",
         "transplant",
+        "convert",
         "SurgeryPlan",
         "SurgeryError",
     }

@@ -20,8 +20,8 @@ from test_cli import tool
 
 import unet_surgery
 from unet_surgery import Recipe
-from unet_surgery.api import TransplantResult, transplant
 from unet_surgery.checkpoint.check import planned_graphs, read_plan
+from unet_surgery.derive import TransplantResult, transplant
 from unet_surgery.errors import OutputError, SurgeryError, TeacherError, VerificationError
 from unet_surgery.lower import module_moves
 

@@ -19,49 +19,49 @@ from unet_surgery.version import __version__
 
 if TYPE_CHECKING:
     from unet_surgery.api import (
-        ControlNetResult,
         ModelReport,
         PruneResult,
-        TransplantResult,
         check,
-        controlnet,
         inspect_model,
         plan,
         prune,
-        transplant,
     )
     from unet_surgery.checkpoint.check import CheckReport
+    from unet_surgery.derive import ControlNetResult, TransplantResult, controlnet, transplant
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
-    from unet_surgery.runtime import VerifyReport, load_unet, verify
+    from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
     "CheckReport": "unet_surgery.checkpoint.check",
-    "ControlNetResult": "unet_surgery.api",
+    "ControlNetResult": "unet_surgery.derive",
+    "ConvertResult": "unet_surgery.runtime",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
-    "TransplantResult": "unet_surgery.api",
+    "TransplantResult": "unet_surgery.derive",
     "VerifyReport": "unet_surgery.runtime",
     "check": "unet_surgery.api",
-    "controlnet": "unet_surgery.api",
+    "controlnet": "unet_surgery.derive",
+    "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
-    "transplant": "unet_surgery.api",
+    "transplant": "unet_surgery.derive",
     "verify": "unet_surgery.runtime",
 }
 
 __all__ = [
     "CheckReport",
     "ControlNetResult",
+    "ConvertResult",
     "ModelReport",
     "PruneResult",
     "Recipe",
@@ -72,6 +72,7 @@ __all__ = [
     "__version__",
     "check",
     "controlnet",
+    "convert",
     "draw",
     "inspect_model",
     "load_recipe",

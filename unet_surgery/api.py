@@ -1,4 +1,4 @@
-"""The verbs: inspect, plan, prune, check, controlnet, transplant. Compositions of the packages below, without torch.
+"""The verbs: inspect, plan, prune, check. Thin compositions of the packages below, without torch.
 
 A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as ``tiny-random``, or a Hub id
 ``org/name[@revision]``. A *recipe* is a built-in name, the path of a YAML file, or a :class:`Recipe`.
@@ -6,15 +6,11 @@ A *teacher* is a folder (a diffusers pipeline or U-Net), a built-in name such as
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from unet_surgery.checkpoint.adapters import find_lora, lora_name, transplant_file
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
-from unet_surgery.checkpoint.check import CheckReport, check_student, planned_graphs, read_plan
-from unet_surgery.checkpoint.controlnet import ControlOptions, open_controlnet, write_controlnet
+from unet_surgery.checkpoint.check import CheckReport, check_student
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
@@ -36,11 +32,9 @@ from unet_surgery.graph import Selection, UNetConfig, UNetGraph, build, family_o
 from unet_surgery.graph.family import describe
 from unet_surgery.hub import ResolvedTeacher, resolve_teacher
 from unet_surgery.lower import (
-    ControlNetPlan,
     NodeReport,
     StoredWeights,
     SurgeryPlan,
-    Transplant,
     count,
     make_plan,
     report_nodes,
@@ -51,12 +45,9 @@ from unet_surgery.recipe import Recipe, builtin_text, load_recipe, nearest_for_f
 from unet_surgery.version import __version__
 
 __all__ = [
-    "ControlNetResult",
     "ModelReport",
     "PruneResult",
-    "TransplantResult",
     "check",
-    "controlnet",
     "copy_recipe",
     "inspect_model",
     "parse_size",
@@ -64,7 +55,6 @@ __all__ = [
     "plan_families",
     "plan_whole",
     "prune",
-    "transplant",
 ]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -91,23 +81,6 @@ class PruneResult:
     folder: Path
     plan: SurgeryPlan
     is_pipeline: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ControlNetResult:
-    """A ControlNet that was written for a student: its folder, and what was made of what."""
-
-    folder: Path
-    plan: ControlNetPlan
-
-
-@dataclass(frozen=True, slots=True)
-class TransplantResult:
-    """A LoRA that was written for a student: its file, the student's plan, and what became of it."""
-
-    file: Path
-    plan: SurgeryPlan
-    transplant: Transplant
 
 
 def no_progress(_done: int, _total: int) -> None:
@@ -256,80 +229,6 @@ def check(
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
-def controlnet(
-    student: str | Path,
-    out: str | Path | None = None,
-    *,
-    teacher: str | Path | None = None,
-    controlnet: str | Path | None = None,
-    seed: int = 0,
-    variant: str | None = None,
-    force: bool = False,
-    max_header: str | int = MAX_HEADER_BYTES,
-    progress: Progress = no_progress,
-) -> ControlNetResult:
-    """Write a ControlNet for the student in a folder to ``out`` (default: ``./<student>-controlnet``).
-
-    It begins as the student's own down side, with the mid of ``teacher`` where the student has none, and adds exactly
-    nothing until it is trained. With ``controlnet``, the folder of one that was trained for the teacher, that one is
-    carried over. ``variant`` is of the weights of ``teacher`` and ``controlnet``; ``seed`` is for what is new.
-
-    Raises:
-        InexpressibleError: diffusers' ``ControlNetModel`` cannot hold the student's down side.
-        TeacherError, HubError: ``teacher`` or ``controlnet`` is not one of the plan's, or cannot be read.
-        VerificationError: there is no plan, or it contradicts itself.
-        OutputError: ``out`` exists (without ``force``), has no room, or cannot be written.
-    """
-    if teacher is not None and controlnet is not None:
-        raise UsageError(
-            "a ControlNet that is carried over brings its own mid",
-            expected="--teacher or --controlnet, not both",
-            hint="leave --teacher out",
-        )
-    if not 0 <= seed < 1 << 63:
-        raise UsageError("this is not a seed", expected="an integer from 0 to 2**63 - 1", found=printable(seed))
-    folder, max_bytes = Path(student), parse_size(max_header)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("the student is not a folder", where=str(folder), expected="a folder that prune wrote")
-    decided = read_plan(folder)
-    graphs = planned_graphs(decided, str(folder))
-    target = Path(f"{os.path.basename(os.path.abspath(folder))}-controlnet" if out is None else out)
-    opened = None
-    if teacher is not None:
-        found = resolve_teacher(_named(teacher), weights=True, variant=variant, unet_only=True, progress=progress)
-        opened = _open(found, max_header=max_header)
-    trained = None if controlnet is None else open_controlnet(Path(controlnet), variant, max_header_bytes=max_bytes)
-    options = ControlOptions(__version__, seed, force, max_bytes)
-    result = write_controlnet(folder, decided, graphs, target, options, progress, teacher=opened, controlnet=trained)
-    return ControlNetResult(target, result)
-
-
-def transplant(
-    lora: str | Path,
-    student: str | Path,
-    out: str | Path | None = None,
-    *,
-    force: bool = False,
-    max_header: str | int = MAX_HEADER_BYTES,
-) -> TransplantResult:
-    """Write a LoRA that was trained on a student's teacher to ``out`` as one for the student.
-
-    ``student`` is its folder or plan.json; ``out`` is ``./<lora>-<recipe>.safetensors`` by default. Modules are renamed
-    as the plan renumbers them; what acts on removed ones is dropped and listed. No value is changed.
-
-    Raises:
-        TeacherError: it is no LoRA for that teacher, is damaged, or nothing of it is left.
-        VerificationError: there is no plan, or it contradicts itself.
-        OutputError: ``out`` exists (without ``force``), or cannot be written.
-    """
-    decided = read_plan(Path(student))
-    graphs = planned_graphs(decided, str(student))
-    file = find_lora(Path(lora))
-    target = Path(f"{lora_name(file)}-{_recipe_name(decided)}.safetensors" if out is None else out)
-    result = transplant_file(file, decided, graphs, target, force=force, max_header_bytes=parse_size(max_header))
-    return TransplantResult(target, decided, result)
-
-
 def plan_families(recipe: Recipe) -> dict[str, SurgeryPlan]:
     """Return family → the plan of ``recipe`` on that family's full-size U-Net, for every family it serves.
 
@@ -396,12 +295,6 @@ def _recipe(recipe: str | Path | Recipe) -> Recipe:
     if recipe.extends:
         raise SurgeryError("a Recipe made in Python must list all it removes", hint="load_recipe follows extends")
     return recipe
-
-
-def _recipe_name(decided: SurgeryPlan) -> str:
-    """Return a recipe's name for a file's; a plan that was read may claim any."""
-    name = decided.recipe.get("name")
-    return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{0,63}", name) else "student"
 
 
 def _teacher_of(recipe: Recipe, teacher: str | Path | None) -> str:

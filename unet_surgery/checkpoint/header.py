@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -96,7 +97,9 @@ def read_header(fd: int, name: str, *, max_bytes: int = MAX_HEADER_BYTES) -> Hea
             "this is not a safetensors file",
             where=name,
             found=what,
-            hint="download or convert the safetensors weights; nothing but safetensors is ever opened",
+            hint=f"unet-surgery convert {shlex.quote(name)} makes safetensors of it"
+            if what.endswith("a pickle")
+            else "download the safetensors weights; nothing but safetensors is ever opened",
         )
     if len(prefix) < 8:
         raise ContainerError(

@@ -8,6 +8,7 @@ for transformers'.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -69,13 +70,16 @@ def choose_weights(
             found=options,
             hint="leave --variant out" if None in choices else "choose one of these",
         )
-    pickles = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    # an index before its shards
+    pickles = sorted(n for n in names if n.endswith(".bin.index.json"))
+    pickles += sorted(n for n in names if n.endswith((".bin", ".ckpt", ".pt", ".pth")))
+    convert = f"unet-surgery convert {shlex.quote(f'{where}/{pickles[0]}')}" if pickles else ""
     raise TeacherError(
         "there are no safetensors weights",
         where=where,
         expected=f"{base}.safetensors or its index and shards",
         found=f"{pickles[0]}, a pickle, which is never opened" if pickles else _listing(names),
-        hint="convert it first: diffusers' save_pretrained writes safetensors" if pickles else None,
+        hint=f"{convert} makes safetensors of it" if pickles else None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,16 @@ def _not_a_folder(path: Path, max_header_bytes: int) -> TeacherError:
         return TeacherError("the teacher cannot be opened", where=str(path), found=error.strerror)
     if not path.is_file():
         return TeacherError("the teacher is not a folder", where=str(path), found=kind_of(mode))
+    found = _what_is(path, max_header_bytes)
+    hint = "diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…) makes one of a checkpoint"
+    if found.endswith("a pickle"):
+        hint = f"first unet-surgery convert {shlex.quote(str(path))}; then {hint}"
     return TeacherError(
         "the teacher is a file, not a folder",
         where=str(path),
         expected="a diffusers folder: a pipeline, or a U-Net with its config.json",
-        found=_what_is(path, max_header_bytes),
-        hint="diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…) makes one of a checkpoint",
+        found=found,
+        hint=hint,
     )
 
 

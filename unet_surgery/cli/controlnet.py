@@ -13,7 +13,7 @@ from unet_surgery.cli.options import DEFAULT_MAX_HEADER, TEACHER_HELP, MaxHeader
 from unet_surgery.cli.sink import command, progress_bar, say, show
 
 if TYPE_CHECKING:
-    from unet_surgery.api import ControlNetResult
+    from unet_surgery.derive import ControlNetResult
 
 __all__ = ["controlnet"]
 
@@ -52,7 +52,7 @@ def controlnet(
 
     Example: unet-surgery controlnet ./my-small --teacher ./my-finetune
     """
-    from unet_surgery.api import controlnet as run
+    from unet_surgery.derive import controlnet as run
 
     with progress_bar("writing", quiet) as progress:
         result = run(

@@ -9,6 +9,7 @@ import typer
 from unet_surgery import __version__
 from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
+from unet_surgery.cli.convert import convert
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
 from unet_surgery.cli.inspect import inspect
@@ -55,6 +56,7 @@ app.command()(check)
 app.command()(verify)
 app.command()(controlnet)
 app.command()(transplant)
+app.command()(convert)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

@@ -11,7 +11,7 @@ from unet_surgery.cli.options import DEFAULT_MAX_HEADER, Json, MaxHeader, Quiet
 from unet_surgery.cli.sink import command, say, show, show_json
 
 if TYPE_CHECKING:
-    from unet_surgery.api import TransplantResult
+    from unet_surgery.derive import TransplantResult
 
 __all__ = ["transplant"]
 
@@ -39,7 +39,7 @@ def transplant(
 
     Example: unet-surgery transplant ./style.safetensors --plan ./my-small
     """
-    from unet_surgery.api import transplant as run
+    from unet_surgery.derive import transplant as run
 
     result = run(lora, plan, out, force=force, max_header=max_header)
     if as_json:
