@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from configs import CONFIGS
+from safetensors.numpy import save_file
 from teachers import WEIGHTS, entries, write_unet
 
 COMMANDS = ["inspect", "plan", "draw", "prune", "check", "verify", "controlnet", "transplant", "convert", "doctor"]
@@ -241,7 +243,7 @@ def test_numbers_are_not_coloured_when_piped() -> None:
 
 # --- law 8: what a process loads ------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "diffusers", "transformers", "accelerate")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft")
 LOADED = "import sys; print(*sorted(m.partition('.')[0] for m in sys.modules if '.' not in m), file=sys.stderr)"
 
 
@@ -263,6 +265,8 @@ CASES = {
     "prune": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out"), ("numpy", "huggingface_hub")),
     "prune --dtype": (main_with("prune", "-r", "bk_tiny", "-t", "{tiny}", "-o", "out", "--dtype", "fp16"), ()),
     "check": (main_with("check", "{student}", "-t", "{tiny}"), ()),
+    "controlnet": (main_with("controlnet", "{student}", "-t", "{tiny}", "-o", "out"), ()),
+    "transplant": (main_with("transplant", "{lora}", "--plan", "{student}", "-o", "out"), ("numpy", "huggingface_hub")),
 }
 
 
@@ -271,7 +275,11 @@ def test_no_heavy_module_is_loaded(case: str, tiny: Path, tmp_path: Path) -> Non
     import unet_surgery
 
     student = unet_surgery.prune("bk_tiny", tiny, tmp_path / "student").folder
+    lora = {f"unet.conv_in.lora_{half}.weight": np.ones(shape) for half, shape in (("A", (1, 4, 3, 3)), ("B", (16, 1)))}
+    save_file(lora, tmp_path / "lora.safetensors")
     code, others = CASES[case]
-    modules = loaded(code.replace("{tiny}", str(tiny)).replace("{student}", str(student)), tmp_path)
+    for word, path in (("{tiny}", tiny), ("{student}", student), ("{lora}", tmp_path / "lora.safetensors")):
+        code = code.replace(word, str(path))
+    modules = loaded(code, tmp_path)
     assert "unet_surgery" in modules
     assert not modules & {*HEAVY, *others}

@@ -179,6 +179,7 @@ LAYOUT_CASES = (
         "a pickle alone",
         unet(lambda t: (t / WEIGHTS).rename(t / "diffusion_pytorch_model.bin")),
         "diffusion_pytorch_model.bin, a pickle, which is never opened",
+        "unet-surgery convert",
     ),
     refused(
         "two variants and no word which",
