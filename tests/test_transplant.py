@@ -178,6 +178,20 @@ def moved(student: Path) -> dict[str, str]:
     return dict(module_moves(*planned_graphs(plan, ""), plan.unused, plan.removed).kept)
 
 
+def test_a_bypassed_attention_stays_silent(
+    teacher: UNet2DConditionModel, students: dict[str, Path], tmp_path: Path
+) -> None:
+    """What stock diffusers must still hold of it has names that a LoRA knows: none of them may come back to life."""
+    pairs = random_pairs(teacher, convolutions=True)
+    save_file(dotted("unet.", "lora_A.weight", "lora_B.weight")(pairs), tmp_path / "a.safetensors")
+    result = transplant(tmp_path / "a.safetensors", students["bypass"], tmp_path / "b.safetensors").transplant
+    gone = ("down_blocks.0.attentions.0.", "up_blocks.3.attentions.1.", "mid_block.attentions.0.")
+    assert not [name for name in load_file(tmp_path / "b.safetensors") if name.removeprefix("unet.").startswith(gone)]
+    assert result.dropped.keys() == {"down.0.attentions.0", "up.3.attentions.1", "mid.attentions.0"}
+    assert "down_blocks.0.attentions.0.proj_in" in result.dropped["down.0.attentions.0"]
+    assert "down_blocks.0.attentions.0.proj_out" in result.dropped["down.0.attentions.0"]
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""], ids=["peft's own prefix", "no prefix"])
 def test_bare_peft(prefix: str, teacher: UNet2DConditionModel, students: dict[str, Path], tmp_path: Path) -> None:
     pairs = random_pairs(teacher, convolutions=True)

@@ -165,7 +165,9 @@ WEIGHTS_CASES = (
     refused("an original block of an absurd number", file_as_teacher(*BLOCKS, LDM + f"input_blocks.{10**9}.0.op.bias")),
     refused("an original U-Net in other digits", file_as_teacher(*BLOCKS, LDM + "input_blocks.\u0661.0.op.bias")),
     refused("20,000 original blocks", file_as_teacher(*(f"{LDM}input_blocks.{i}.0.op.bias" for i in range(20_000)))),
-    refused("averaged names that mean nothing", file_as_teacher("model_ema.diffusion_modelinput_blocks00weight" + "0" * 300)),
+    refused(
+        "averaged names that mean nothing", file_as_teacher("model_ema.diffusion_modelinput_blocks00weight" + "0" * 300)
+    ),
     refused("two original U-Nets", file_as_teacher(*BLOCKS, "input_blocks.0.0.weight"), "2 U-Nets"),
     refused("a LoRA merged in by names", also("unet.lora_A.weight"), "1 unexpected", "a LoRA"),
     # --- codes without their scales ---
