@@ -30,7 +30,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import unet_surgery as us
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.layout import WeightsChoice
-from unet_surgery.checkpoint.ldm.names import NUMBERINGS
 from unet_surgery.checkpoint.ldm.parts import read_part
 from unet_surgery.checkpoint.ldm.runtimes import verdicts
 from unet_surgery.checkpoint.ldm.single_file import read_single_file
@@ -38,6 +37,7 @@ from unet_surgery.checkpoint.reader import open_weights
 from unet_surgery.checkpoint.tensorfile import write_tensors
 from unet_surgery.errors import OutputError, TeacherError, UsageError
 from unet_surgery.graph import build, parse_config
+from unet_surgery.lower.original import NUMBERINGS
 
 Tensors = dict[str, torch.Tensor]
 PIPELINES = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -12,10 +12,10 @@ from test_laws import examples, expressible, removals
 from test_ldm_names import student
 
 from unet_surgery.checkpoint.ldm.infer import Inferred, infer_config
-from unet_surgery.checkpoint.ldm.names import NUMBERINGS, Numbering, unet_names
 from unet_surgery.errors import UsageError, WeightsMismatchError
 from unet_surgery.graph import UNetGraph, build, parse_config
 from unet_surgery.lower import shapes_of
+from unet_surgery.lower.original import NUMBERINGS, Numbering, unet_names
 from unet_surgery.recipe import builtin_names, load_recipe
 
 Shapes = dict[str, tuple[int, ...]]

@@ -8,10 +8,10 @@ import pytest
 from configs import CONFIGS, FULL_SIZE, stages
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from unet_surgery.checkpoint.ldm.names import NUMBERINGS, unet_names
 from unet_surgery.errors import UsageError
 from unet_surgery.graph import UNetGraph, build, parse_config
 from unet_surgery.lower import make_plan, shapes_of
+from unet_surgery.lower.original import NUMBERINGS, unet_names
 from unet_surgery.recipe import load_recipe, select
 
 TEACHERS = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl", "sd1-inpaint": "sd1", "sd2-depth": "sd2"}

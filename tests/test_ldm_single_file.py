@@ -17,13 +17,13 @@ from test_ldm_names import student
 
 import unet_surgery as us
 from unet_surgery.checkpoint.layout import WeightsChoice
-from unet_surgery.checkpoint.ldm.names import NUMBERINGS, Numbering, unet_names
 from unet_surgery.checkpoint.ldm.single_file import SingleFile, _dotted, read_single_file
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.writer import write_weights
 from unet_surgery.errors import TeacherError, WeightsMismatchError
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import make_plan
+from unet_surgery.lower.original import NUMBERINGS, Numbering, unet_names
 from unet_surgery.recipe import load_recipe, select
 
 Arrays = dict[str, np.ndarray]

@@ -16,8 +16,8 @@ from teachers import WEIGHTS, entries, folder_bytes, random_tensors, write_unet
 from test_cli import tool
 
 import unet_surgery
-from unet_surgery.checkpoint.ldm.names import unet_names
 from unet_surgery.graph import build, parse_config
+from unet_surgery.lower.original import unet_names
 
 NAME = "org/finetune"
 FILE = "v1-5-tuned.safetensors"

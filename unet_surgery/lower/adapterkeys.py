@@ -14,7 +14,7 @@ from typing import Literal
 
 from unet_surgery.errors import SurgeryError, TeacherError, printable
 from unet_surgery.graph.nodes import UNetGraph
-from unet_surgery.lower.original import original_names
+from unet_surgery.lower.original import layer_names
 from unet_surgery.lower.weights import Shape
 
 __all__ = ["AdapterKey", "KeyReader", "check_pair", "is_text_encoder", "recognise_adapter"]
@@ -77,7 +77,7 @@ class KeyReader:
     def __init__(self, graph: UNetGraph, modules: Collection[str]) -> None:
         self._modules = modules
         self._underscored = {module.replace(".", "_"): module for module in modules}
-        self._original = {name.replace(".", "_"): module for module, name in original_names(graph, modules).items()}
+        self._original = {name.replace(".", "_"): module for module, name in layer_names(graph).items()}
 
     def read(self, name: str) -> AdapterKey | None:
         """Take ``name`` apart; None where it is no adapter's tensor for a U-Net.

@@ -13,7 +13,6 @@ from unet_surgery.checkpoint.components import WITHOUT_WEIGHTS, Component
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES, encode_header
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import component_weights
-from unet_surgery.checkpoint.ldm.names import NUMBERINGS, Numbering, unet_names
 from unet_surgery.checkpoint.ldm.parts import write_part
 from unet_surgery.checkpoint.ldm.runtimes import Verdict, verdicts
 from unet_surgery.checkpoint.ldm.single_file import UNET_PREFIX, PartKind
@@ -26,6 +25,7 @@ from unet_surgery.checkpoint.writer import DTYPES
 from unet_surgery.errors import ConfigError, OutputError, TeacherError, UsageError, printable
 from unet_surgery.graph import UNetGraph, build, parse_config
 from unet_surgery.lower import shapes_of
+from unet_surgery.lower.original import NUMBERINGS, Numbering, unet_names
 
 __all__ = ["ExportResult", "export"]
 

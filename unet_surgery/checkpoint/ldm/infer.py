@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from unet_surgery.checkpoint.ldm.names import Numbering, names_at, unet_names
 from unet_surgery.checkpoint.ldm.walk import Part, WalkedStage, WalkedUNet, walk
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.errors import SurgeryError, UsageError, WeightsMismatchError
 from unet_surgery.graph import UNetGraph, build, parse_config
 from unet_surgery.graph.config import CROSS_MID, RESNET_MID
 from unet_surgery.lower import lower_config, shapes_of
+from unet_surgery.lower.original import Numbering, names_at, unet_names
 
 __all__ = ["Inferred", "infer_config"]
 

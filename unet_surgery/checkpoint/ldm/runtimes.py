@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unet_surgery.checkpoint.ldm.names import Numbering, unet_names
 from unet_surgery.graph.nodes import Attention, Stage, UNetGraph
+from unet_surgery.lower.original import Numbering, unet_names
 
 __all__ = ["Verdict", "verdicts"]
 
