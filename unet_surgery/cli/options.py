@@ -42,13 +42,17 @@ TeacherArgument = Annotated[str, typer.Argument(help=TEACHER_HELP)]
 TeacherId = Annotated[str | None, typer.Option("--teacher-id", help="What the card calls a local teacher: its Hub id.")]
 Base = Annotated[
     str | None,
-    typer.Option("--base", help="A pipeline that brings the other parts, where the teacher is a U-Net alone."),
+    typer.Option(
+        "--base", help="A pipeline that brings the other parts, where the teacher is a U-Net alone or a single file."
+    ),
 ]
 Config = Annotated[
     str | None,
     typer.Option("--config", help="For a single file: the U-Net's config.json, or a model that has the same."),
 ]
-Variant = Annotated[str | None, typer.Option("--variant", help="Take the weights of this variant, such as fp16.")]
+Variant = Annotated[
+    str | None, typer.Option("--variant", help="Take the weights of this variant: fp16, …; of a single file: ema.")
+]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="Convert weights to fp32, fp16 or bf16. Default: copy them as they are.")
 ]
