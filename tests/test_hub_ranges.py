@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from configs import CONFIGS
 from hub_faults import ALWAYS, Fault
-from hub_server import READER, HubStandIn, client_env
+from hub_server import READER, WRITER, HubStandIn, client_env
 from safetensors.numpy import save_file
 from teachers import WEIGHTS, entries, folder_bytes, random_tensors, write_sharded, write_unet
 from test_cli import tool
@@ -421,3 +421,65 @@ def test_weights_that_do_not_fit_the_config(tmp_path, env) -> None:
 def test_a_name_with_a_typo(written: str, hint: str, tmp_path: Path) -> None:
     _, err = tool("plan", "-r", "bk_tiny", "-t", written, cwd=tmp_path, code=3)
     assert hint in err.partition("try:")[2]
+
+
+# --- there and back -------------------------------------------------------------------------------------------------
+
+
+def test_a_pushed_student_is_a_teacher(tmp_path, env) -> None:
+    """Pushed, pruned from there by range, loaded by diffusers."""
+    from diffusers import StableDiffusionPipeline
+
+    (tmp_path / "no_mid.yaml").write_text("name: no_mid\nremove: [mid]\n")
+    hub = HubStandIn()
+    with hub.serve() as endpoint:
+        environment = env(endpoint, WRITER)
+        tool("prune", "-r", "bk_base", "-t", "tiny-random", "-o", "base", "-q", cwd=tmp_path)
+        tool("push", "base", "me/base", "-q", cwd=tmp_path, env=environment)
+        tool("prune", "-r", "no_mid.yaml", "-t", "me/base", "-o", "small", "-q", cwd=tmp_path, env=environment)
+        tool("check", "small", "-t", "me/base", cwd=tmp_path, env=environment)
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "base_model: me/base" in card
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "small", local_files_only=True, low_cpu_mem_usage=False
+    )
+    assert pipeline.unet.mid_block is None
+    both = unet_surgery.prune("bk_small", "tiny-random", tmp_path / "both").folder
+    weights = f"unet/{WEIGHTS}"
+    assert (tmp_path / "small" / weights).read_bytes() == (both / weights).read_bytes()
+
+
+# --- a Hub that means harm ------------------------------------------------------------------------------------------
+
+
+def test_names_that_lead_out_of_the_cache_are_not_there(teacher, tmp_path, env) -> None:
+    hub = HubStandIn()
+    hub.add(NAME, teacher)
+    repository = hub.repositories[NAME]
+    files = dict(repository.history()[0].files)
+    evil = {f"../../../{name}": blob for name, blob in files.items()} | {"/etc/x.safetensors": files[WEIGHTS]}
+    repository.commit("refs/heads/main", files | evil, "harm")
+    with hub.serve() as endpoint:
+        tool(*PRUNE, cwd=tmp_path, env=env(endpoint))
+        _, err = tool("plan", "-r", "bk_tiny", "-t", f"{NAME}/../../..", cwd=tmp_path, env=env(endpoint), code=3)
+        assert "there is no teacher" in err
+    assert entries(tmp_path) == ["cache", "hf", "out"]
+    assert not hub.seen(None, None, r"\.\.")
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"])
+def test_a_redirect_to_anything_but_http(location, tmp_path, monkeypatch) -> None:
+    import threading
+
+    from unet_surgery.errors import HubError
+    from unet_surgery.hub.transport import RangeReader, _Address
+
+    reader = RangeReader("org/name", "x.safetensors", "0" * 40, 10, threading.Event())
+    with pytest.raises(HubError, match="cannot be trusted"):
+        reader._redirected(_Address("https://huggingface.co/x", own=True), location, ("https", "huggingface.co"))
+    with pytest.raises(HubError, match="cannot be trusted"):
+        reader._redirected(_Address("https://huggingface.co/x", own=True), "http://cdn/x", ("https", "huggingface.co"))
+    other = reader._redirected(_Address("https://hub/x", own=True), "https://cdn/x?sig=1", ("https", "hub"))
+    assert (other.url, other.own) == ("https://cdn/x?sig=1", False)
+    assert reader._redirected(_Address("https://hub/x", own=True), "/y", ("https", "hub")).own

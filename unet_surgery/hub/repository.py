@@ -20,6 +20,7 @@ from unet_surgery.hub.refusals import refusal, refused, unreachable
 __all__ = ["RemoteFile", "Repository", "cached_repository", "look_up"]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,12 @@ def look_up(repository: str, revision: str | None) -> Repository:
         raise HubError("the Hub does not say which commit this is", where=repository)
     files = {
         sibling.rfilename: RemoteFile(
-            sibling.size or 0, None if sibling.lfs is None else sibling.lfs.sha256, sibling.blob_id
+            sibling.size if isinstance(sibling.size, int) and sibling.size >= 0 else 0,
+            None if sibling.lfs is None else _matching(_SHA256, sibling.lfs.sha256),
+            _matching(_COMMIT, sibling.blob_id),
         )
         for sibling in info.siblings or ()
+        if _is_inside(sibling.rfilename)
     }
     _remember(repository, revision, commit)
     return Repository(repository, commit, files)
@@ -99,6 +103,21 @@ def cached_repository(repository: str, revision: str | None) -> Repository | Non
         if isinstance(found, str):
             return Repository(repository, Path(found).parents[name.count("/")].name, None)
     return None
+
+
+def _is_inside(name: object) -> bool:
+    """True for a path that stays below the folder it is put into: names of a listing become names of files here."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
+
+
+def _matching(pattern: re.Pattern[str], text: object) -> str | None:
+    """Return a hash that a listing names, if it has the form of one: it becomes a file's name here."""
+    return text if isinstance(text, str) and pattern.fullmatch(text) else None
 
 
 def _remember(repository: str, revision: str | None, commit: str) -> None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 600.0
 _PART = r"[A-Za-z0-9][\w.-]*"
-_HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
+_HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[\w./-]+))?")
 _SITE = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from unet_surgery.errors import HubError
+from unet_surgery.errors import HubError, printable
 from unet_surgery.hub.patience import AGAIN, FIRST_PAUSE_SECONDS, longer, patience_seconds, retry_after
 
 __all__ = ["ChangedError", "NoRangesError", "RangeReader", "Stopped"]
@@ -187,8 +187,7 @@ class RangeReader:
             except _connection_errors() as error:
                 raise _Again(type(error).__name__) from error
             if status in REDIRECTS and "location" in headers:
-                url = urljoin(address.url, headers["location"])
-                address = _Address(url, _origin(url) == host)
+                address = self._redirected(address, headers["location"], host)
                 if not address.own:
                     return address
             elif status < 300:
@@ -198,6 +197,19 @@ class RangeReader:
             else:
                 raise self._refused(status)
         raise self._refused(status)
+
+    def _redirected(self, address: _Address, location: str, host: tuple[str, str]) -> _Address:
+        """Return where a redirect leads: never from https to anything less."""
+        url = urljoin(address.url, location)
+        scheme = urlsplit(url).scheme
+        if scheme != "https" and (scheme != "http" or host[0] == "https"):
+            raise HubError(
+                "the Hub redirects to an address that cannot be trusted",
+                where=self.shown,
+                expected="https",
+                found=printable(scheme),
+            )
+        return _Address(url, _origin(url) == host)
 
     def _refused(self, status: int) -> HubError:
         return HubError(
