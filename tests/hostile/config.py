@@ -117,7 +117,7 @@ CONFIG_CASES = (
     accepted(
         "terminal codes, as JSON", keys(**{ESCAPES: ESCAPES}), ("plan", "-r", "bk_tiny", "-t", "teacher", "--json")
     ),
-    accepted("a path of somebody's machine for a name", keys(_name_or_path="/root/secret/\x1b[31m")),
+    accepted("a path of somebody's machine for a name", keys(_name_or_path="/home/somebody/secret/\x1b[31m")),
     accepted("YAML and Markdown for a name", keys(_name_or_path="a/b\n---\nlicense: mit\n# x")),
     accepted(
         "a byte order of keys that is nobody's", text(lambda t: json.dumps(dict(reversed(json.loads(t).items()))))

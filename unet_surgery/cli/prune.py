@@ -117,7 +117,10 @@ def prune(
         f"{gigabytes(plan.student_bytes)} of U-Net weights; {seconds:.1f} s in all"
     )
     student = shlex.quote(str(result.folder))
-    again = f" --teacher {shlex.quote(teacher or str(plan.recipe.get('teacher')))}"
+    named = teacher or str(plan.recipe.get("teacher"))
+    if plan.teacher_commit is not None and "@" not in named:
+        named += f"@{plan.teacher_commit}"
+    again = f" --teacher {shlex.quote(named)}"
     again += f" --base {shlex.quote(base)}" if base and result.is_pipeline else ""
     again += f" --variant {shlex.quote(variant)}" if variant else ""
     say(f"next:  unet-surgery check {student}{again}    every byte against the teacher's")
@@ -130,6 +133,6 @@ def _say_transfer(transfer: Transfer) -> None:
 
     text = f"from the Hub: {gigabytes(transfer.num_bytes)} transferred"
     if transfer.by_range:
-        text += f", {gigabytes(transfer.saved_bytes)} of the U-Net's weights never had to come"
-        text += "; parts of a file cannot be compared with its checksum, --full fetches and compares the whole"
+        text += f", {gigabytes(transfer.saved_bytes)} saved by fetching only what the student keeps"
+        text += "; parts of a file cannot be compared with its checksum: --full fetches and compares the whole"
     say(text)

@@ -89,6 +89,8 @@ def _prepare() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_Talk()])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_terminate)
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
     if sys.stdout is None:  # closed by who called; what is written to files still is
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -178,8 +180,8 @@ def _harmless(text: str) -> str:
 def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback for bytes done and in all, drawn on stderr when it is a terminal."""
     logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield lambda _done, _total: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -199,9 +201,8 @@ def hub_talk(quiet: bool) -> None:
     logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
     for name in ("hf_api", "_upload_pipeline"):
         logging.getLogger(f"huggingface_hub.{name}").addFilter(_is_news)
-    if quiet or not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # both are read when huggingface_hub is imported
-    if quiet:
+    if quiet:  # both are read when huggingface_hub is imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 

@@ -248,7 +248,7 @@ def _request(method: str, address: _Address, headers: Mapping[str, str]) -> Iter
     if not address.own:
         sent = {name: value for name, value in sent.items() if name.lower() != "authorization"}
     common = {"headers": sent, "timeout": HF_HUB_DOWNLOAD_TIMEOUT}
-    if hasattr(session, "stream"):
+    if callable(getattr(session, "stream", None)):
         with session.stream(method, address.url, follow_redirects=False, **common) as response:
             yield _Answer(response.status_code, response.headers, response.iter_raw(CHUNK_BYTES), address.url)
     else:
