@@ -448,4 +448,4 @@ def test_command_line(tmp_path: Path) -> None:
     tool("convert", "x.ckpt", cwd=tmp_path, code=4)
     assert tool("convert", "x.ckpt", "--force", "-q", cwd=tmp_path) == ("x.safetensors\n", "")
     _, err = tool("inspect", "x.ckpt", cwd=tmp_path, code=3)
-    assert "first unet-surgery convert x.ckpt; then" in err
+    assert "unet-surgery convert x.ckpt makes safetensors of it" in err

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from unet_surgery.checkpoint.components import INDEX, Component, read_components
-from unet_surgery.checkpoint.foreign import recognise_names
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.jsonfile import kind_of, read_object
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.checkpoint.tensorfile import OutTensor
-from unet_surgery.errors import ContainerError, TeacherError, UsageError, first_few, printable
+from unet_surgery.errors import TeacherError, UsageError, first_few, printable
 from unet_surgery.graph.config import DEFAULTS
 
 __all__ = ["TeacherFolder", "WeightsSource", "is_hub_id", "open_teacher"]
@@ -179,7 +177,7 @@ def open_teacher(
         TeacherError: nothing of the kind is there; says what is.
     """
     if not path.is_dir():
-        raise _not_a_folder(path, max_header_bytes)
+        raise _not_a_folder(path)
     # lexists: a link that leads nowhere, as in half a Hub cache, is found when it is read, not passed over
     is_pipeline = os.path.lexists(path / INDEX)
     unet = path / "unet" if is_pipeline or os.path.lexists(path / "unet" / "config.json") else path
@@ -227,7 +225,7 @@ def _local_weights(unet: Path, variant: str | None, *, exact: bool) -> LocalWeig
     return LocalWeights(unet, choice)
 
 
-def _not_a_folder(path: Path, max_header_bytes: int) -> TeacherError:
+def _not_a_folder(path: Path) -> TeacherError:
     if not os.path.lexists(path):
         return TeacherError("there is no such teacher", where=str(path))
     try:
@@ -236,24 +234,8 @@ def _not_a_folder(path: Path, max_header_bytes: int) -> TeacherError:
         return TeacherError("the teacher cannot be opened", where=str(path), found=error.strerror)
     if not path.is_file():
         return TeacherError("the teacher is not a folder", where=str(path), found=kind_of(mode))
-    found = _what_is(path, max_header_bytes)
-    hint = "diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…) makes one of a checkpoint"
-    if found.endswith("a pickle"):
-        hint = f"first unet-surgery convert {shlex.quote(str(path))}; then {hint}"
     return TeacherError(
-        "the teacher is a file, not a folder",
+        "this is a file, not a folder",
         where=str(path),
         expected="a diffusers folder: a pipeline, or a U-Net with its config.json",
-        found=found,
-        hint=hint,
     )
-
-
-def _what_is(path: Path, max_header_bytes: int) -> str:
-    """Return what a single file holds, as far as its first bytes or its tensors' names tell."""
-    try:
-        file = WeightsChoice(path.name, sharded=False, variant=None)
-        with open_weights(path.parent, file, max_header_bytes=max_header_bytes) as weights:
-            return recognise_names(list(weights)) or f"a safetensors file of {len(weights)} tensors"
-    except ContainerError as error:
-        return error.found or error.what
