@@ -120,9 +120,8 @@ def _with_mid(found: ResolvedTeacher, max_header: str | int, progress: Progress)
     """Describe the teacher; of one on the Hub, its mid is fetched."""
     early = open_resolved(found, max_header=max_header)
     with opened_header(early) as weights:
-        by_range = weights is not None
         mid = [weights.locate(name) for name in weights if name.startswith(MID)] if weights is not None else []
-    found = fetch_teacher(found, unet_only=True, full=not by_range, progress=progress)
+    found = fetch_teacher(found, unet_only=True, progress=progress)
     if found.remote is not None:
         wanted: dict[str, list[tuple[int, int]]] = {}
         for file, info, _ in mid:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
-from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan
+from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan, unet_folder
 from unet_surgery.checkpoint.disk import Progress, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
+from unet_surgery.checkpoint.part_files import Made, part_files
 from unet_surgery.checkpoint.reader import Weights
 from unet_surgery.checkpoint.sizes import parse_size
 from unet_surgery.checkpoint.student import StudentOptions, check_output, write_student
@@ -236,20 +237,19 @@ def prune(
     _say_assumed(early)
     with opened_header(early) as weights:
         decided = _plan(chosen, early, weights, dtype)
-        by_range = weights is not None
     target = Path(f"{found.name}-{chosen.name}" if out is None else out)
     if found.hub is not None:
         check_output(target, early, options, decided.student_bytes)
-    found = fetch_teacher(found, unet_only=unet_only, full=full or not by_range, progress=progress)
+    found = fetch_teacher(found, unet_only=unet_only, full=full, progress=progress)
     opened = open_resolved(found, teacher_id, max_header=max_header, config=config, offered=offered)
     if others is not None and not unet_only:
         opened = opened.with_base(_parts_of(others, progress))
-    transfer = found.transfer
-    if found.remote is not None:
-        transfer = _fetch_kept(found, opened, decided, progress)
-        options = replace(options, compared=False)
+    transfer = _fetch_kept(found, opened, decided, progress)
+    options = replace(options, compared=transfer is None or not transfer.by_range)
     with opened.open_weights() as weights:
         decided = _plan(chosen, opened, weights, dtype)
+        if found.remote is not None:
+            found.remote.require(_kept(opened, weights, decided))
         write_student(decided, opened, weights, chosen.to_yaml(), target, options, progress)
     return PruneResult(target, decided, opened.pipeline is not None and not unet_only, transfer)
 
@@ -275,12 +275,15 @@ def check(
     if teacher is None and base is not None:
         raise UsageError("a base without a teacher compares nothing", hint="give --teacher as well")
     if teacher is not None:
-        found = fetch_teacher(resolve_teacher(named(teacher), variant=variant), progress=progress)
+        student = Path(folder)
+        decided, alone = read_plan(student), unet_folder(student) == student
+        found = resolve_teacher(named(teacher), variant=variant)
+        found = fetch_teacher(found, unet_only=alone, progress=progress)
         opened = open_resolved(found, max_header=max_header)
-        if found.remote is not None:
-            _fetch_kept(found, opened, read_plan(Path(folder)), progress)
-        if base is not None:
-            opened = opened.with_base(_parts_of(resolve_teacher(named(base), variant=variant), progress))
+        if base is not None and not alone:
+            others = resolve_teacher(named(base), variant=None if found.file else variant)
+            opened = opened.with_base(_parts_of(others, progress))
+        _fetch_kept(found, opened, decided, progress)
     return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
 
 
@@ -372,15 +375,25 @@ def _parts_of(base: ResolvedTeacher, progress: Progress) -> TeacherFolder:
     return open_resolved(fetch_teacher(base, parts_only=True, progress=progress), config_only=True)
 
 
-def _fetch_kept(found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPlan, progress: Progress) -> Transfer:
-    """Fetch the bytes of the teacher's weights that the student of ``plan`` keeps."""
-    assert found.remote is not None
+def _kept(teacher: TeacherFolder, weights: Weights, plan: SurgeryPlan) -> dict[str, list[tuple[int, int]]]:
+    """Return what of a remote teacher's files the student of ``plan`` is made of: file → ranges."""
+    if any(source is not None and source not in weights for source in plan.weights.values()):
+        return {}  # another teacher's: who compares the two says so
+    tensors = student_tensors(plan, weights)
+    if teacher.single is not None:
+        files = part_files(teacher, weights).files.values()
+        tensors += [tensor for file in files if isinstance(file, Made) for tensor in file.tensors]
+    return source_ranges(tensors)
+
+
+def _fetch_kept(
+    found: ResolvedTeacher, teacher: TeacherFolder, plan: SurgeryPlan, progress: Progress
+) -> Transfer | None:
+    """Fetch what the student of ``plan`` keeps of weights on the Hub; return what came over the wire in this run."""
+    if found.remote is None:
+        return found.transfer
     with teacher.open_weights() as weights:
-        if any(source is not None and source not in weights for source in plan.weights.values()):
-            return found.transfer or Transfer()  # another teacher's: who compares the two says so
-        parts = {} if teacher.pipeline is None else teacher.own_parts(weights)
-        tensors = student_tensors(plan, weights) + [tensor for part in parts.values() for tensor in part]
-        wanted = source_ranges(tensors)
+        wanted = _kept(teacher, weights, plan)
     total, done = found.remote.missing(wanted), 0
 
     def on_bytes(count: int) -> None:

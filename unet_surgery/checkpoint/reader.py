@@ -28,10 +28,13 @@ class OpenFile:
     path: Path
     fd: int
     header: Header
-    status: os.stat_result
+    status: os.stat_result | None
+    """As it was when it was opened; None where others may add to the file."""
 
     def check_unchanged(self) -> None:
         """Raise TeacherError if the file was changed since it was opened."""
+        if self.status is None:
+            return
         now = os.fstat(self.fd)
         if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
             raise TeacherError("the teacher changed while it was read", where=str(self.path), hint="run again")

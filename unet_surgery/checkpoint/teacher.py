@@ -19,7 +19,7 @@ from unet_surgery.checkpoint.tensorfile import OutTensor
 from unet_surgery.errors import TeacherError, UsageError, first_few, printable
 from unet_surgery.graph.config import DEFAULTS
 
-__all__ = ["TeacherFolder", "WeightsSource", "is_hub_id", "open_teacher"]
+__all__ = ["LocalWeights", "TeacherFolder", "WeightsSource", "is_hub_id", "open_teacher"]
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ def cached_file(repository: Repository, name: str) -> Path | None:
 def missing_bytes(repository: Repository, names: Sequence[str]) -> int:
     """Return how many bytes of these files are not in the Hub cache."""
     files = repository.files or {}
-    return sum(files[name].size for name in names if name in files and cached_file(repository, name) is None)
+    return sum(files[name].size or 0 for name in names if name in files and cached_file(repository, name) is None)
 
 
 def download(repository: Repository, names: Sequence[str]) -> Path:

@@ -52,11 +52,10 @@ def open_resolved(
         return open_teacher(
             found.folder,
             variant=found.variant,
-            exact=found.exact,
-            config_only=config_only,
+            config_only=config_only or found.hub is not None,  # the cache may hold weights that are not meant
             teacher_id=teacher_id or found.teacher_id,
             max_header_bytes=parse_size(max_header),
-            weights=found.remote,
+            weights=found.remote or found.local,
             commit=found.commit,
             address=found.address,
         )

@@ -21,12 +21,13 @@ from typing import NamedTuple
 
 from unet_surgery.checkpoint import disk
 
-__all__ = ["JOURNAL", "PartialFile", "Range", "merged", "total_bytes"]
+__all__ = ["JOURNAL", "Part", "PartialFile", "Range", "merged", "total_bytes"]
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 4 << 20
 MAX_JOURNAL_BYTES = 64 << 20
+MAX_LINE_BYTES = 4096
 JOURNAL = ".parts"
 
 
@@ -37,7 +38,9 @@ class Range(NamedTuple):
     end: int
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
+    """The bytes [begin, end), and their CRC-32."""
+
     begin: int
     end: int
     crc: int
@@ -78,40 +81,44 @@ def _journal_of(path: Path) -> Path:
 class PartialFile:
     """The sparse copy at ``path`` of a file of ``size`` bytes and this ``identity``, locked for writing.
 
-    What is there of another identity is thrown away. A context manager; several threads may write parts at once.
+    What the journal says of another identity is thrown away. A context manager: inside it no other process writes,
+    though others may read; several threads may write parts at once. :meth:`look` opens it for reading alone.
+    ``checked`` remembers, for further instances, which parts were compared with their checksums.
 
     Raises:
         OSError: the cache cannot be written.
     """
 
-    def __init__(self, path: Path, identity: str, size: int) -> None:
+    def __init__(self, path: Path, identity: str, size: int, checked: set[Part] | None = None) -> None:
         self.path = path
         self.size = size
         self.etag: str | None = None
         self._journal_path = _journal_of(path)
         self._first_line = json.dumps({"identity": identity, "size": size}).encode() + b"\n"
         self._lock = threading.Lock()
-        self._parts: list[_Part] = []
-        self._checked: set[_Part] = set()
+        self._parts: list[Part] = []
+        self._checked = set() if checked is None else checked
         self._data = self._journal = -1
 
     @classmethod
-    def as_it_is(cls, path: Path) -> PartialFile:
+    def as_it_is(cls, path: Path, checked: set[Part] | None = None) -> PartialFile:
         """Return the copy at ``path`` of whatever file it is of.
 
         Raises:
             OSError, ValueError: there is none.
         """
         with _journal_of(path).open("rb") as journal:
-            said = json.loads(journal.readline())
-        return cls(path, str(said["identity"]), int(said["size"]))
+            said = json.loads(journal.readline(MAX_LINE_BYTES))
+        if not isinstance(said, dict) or not isinstance(said.get("identity"), str) or type(said.get("size")) is not int:
+            raise ValueError("this is no journal of a file's parts")
+        return cls(path, said["identity"], said["size"], checked)
 
     def __enter__(self) -> PartialFile:
         disk.make_folders(self.path.parent)
         self._data = disk.open_for_update(self.path)
         try:
-            self._lock_alone()
             self._journal = disk.open_for_update(self._journal_path)
+            self._lock_alone()
             self._load()
         except BaseException:
             self.close()
@@ -129,13 +136,29 @@ class PartialFile:
                 os.close(fd)
         self._data = self._journal = -1
 
+    def look(self) -> PartialFile | None:
+        """Open the copy for reading alone, whoever writes it meanwhile; None if there is none of this file."""
+        try:
+            self._data = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._journal = os.open(self._journal_path, os.O_RDONLY | os.O_CLOEXEC)
+            text = os.pread(self._journal, MAX_JOURNAL_BYTES, 0)
+        except OSError:
+            self.close()
+            return None
+        if not self._is_of(text):
+            self.close()
+            return None
+        self._read_lines(text)
+        return self
+
     def missing(self, wanted: Sequence[tuple[int, int]]) -> list[Range]:
         """Return what of ``wanted`` is not there; what is there has been compared with its checksum."""
         self._check(wanted)
+        parts = sorted(self._parts)
         gaps = []
         for begin, end in merged(wanted):
             position = begin
-            for part in sorted(self._parts):
+            for part in parts:
                 if part.end > position and part.begin < end:
                     if part.begin > position:
                         gaps.append(Range(position, part.begin))
@@ -150,7 +173,7 @@ class PartialFile:
 
     def record(self, begin: int, end: int, crc: int) -> None:
         """Say that [begin, end) is whole, and what its CRC-32 is."""
-        part = _Part(begin, end, crc)
+        part = Part(begin, end, crc)
         with self._lock:
             disk.write(self._journal, b"%d %d %d\n" % part)
             self._parts.append(part)
@@ -158,14 +181,19 @@ class PartialFile:
 
     def served_as(self, etag: str | None) -> None:
         """Remember what the server calls the file."""
-        if etag is not None and etag != self.etag:
-            disk.write(self._journal, b"etag " + etag.encode("latin-1") + b"\n")
-            self.etag = etag
+        with self._lock:
+            if etag is not None and etag != self.etag:
+                disk.write(self._journal, b"etag " + etag.encode("ascii") + b"\n")
+                self.etag = etag
 
     def forget(self) -> None:
         """Let go of all parts."""
-        disk.truncate(self._journal, 0)
-        self._parts.clear()
+        with self._lock:
+            disk.truncate(self._journal, len(self._first_line))
+            os.lseek(self._journal, len(self._first_line), os.SEEK_SET)
+            self._parts.clear()
+            self._checked.clear()
+            self.etag = None
 
     def read(self, begin: int, end: int) -> bytes:
         """Return bytes that are there; fewer where the file is too short."""
@@ -173,32 +201,42 @@ class PartialFile:
 
     def _lock_alone(self) -> None:
         try:
-            fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process uses the copy of %s in the cache: waiting for it", self.path.name)
-            fcntl.flock(self._data, fcntl.LOCK_EX)
+            log.warning("another process fetches parts of %s: waiting for it", self.path.name)
+            fcntl.flock(self._journal, fcntl.LOCK_EX)
 
     def _load(self) -> None:
         text = os.pread(self._journal, MAX_JOURNAL_BYTES, 0)
-        is_same = text.startswith(self._first_line) and os.fstat(self._data).st_size == self.size
-        whole_lines = text[: text.rfind(b"\n") + 1] if is_same else b""
-        if is_same:
-            for line in whole_lines.splitlines()[1:]:
-                if line.startswith(b"etag "):
-                    self.etag = line[5:].decode("latin-1")
-                elif (part := self._part(line)) is not None:
-                    self._parts.append(part)
+        whole_lines = b""
+        if self._is_of(text):
+            whole_lines = self._read_lines(text)
         else:
+            fcntl.flock(self._data, fcntl.LOCK_EX)  # nobody may be reading what is thrown away
             disk.truncate(self._data, 0)
             disk.truncate(self._data, self.size)
         disk.truncate(self._journal, len(whole_lines))
         os.lseek(self._journal, len(whole_lines), os.SEEK_SET)
         if not whole_lines:
             disk.write(self._journal, self._first_line)
+            fcntl.flock(self._data, fcntl.LOCK_UN)
 
-    def _part(self, line: bytes) -> _Part | None:
+    def _is_of(self, text: bytes) -> bool:
+        return text.startswith(self._first_line) and os.fstat(self._data).st_size == self.size
+
+    def _read_lines(self, text: bytes) -> bytes:
+        """Take what a journal's whole lines say; return them."""
+        whole_lines = text[: text.rfind(b"\n") + 1]
+        for line in whole_lines.splitlines()[1:]:
+            if line.startswith(b"etag "):
+                self.etag = line[5:].decode("ascii", "replace")
+            elif (part := self._part(line)) is not None:
+                self._parts.append(part)
+        return whole_lines
+
+    def _part(self, line: bytes) -> Part | None:
         try:
-            part = _Part(*(int(word) for word in line.split()))
+            part = Part(*(int(word) for word in line.split()))
         except (TypeError, ValueError):
             return None
         return part if 0 <= part.begin < part.end <= self.size else None
@@ -213,7 +251,7 @@ class PartialFile:
                     log.warning("a part of %s in the cache is damaged: fetching it again", self.path.name)
                     self._parts.remove(part)
 
-    def _crc(self, part: _Part) -> int:
+    def _crc(self, part: Part) -> int:
         crc = 0
         for begin in range(part.begin, part.end, CHUNK_BYTES):
             crc = zlib.crc32(self.read(begin, min(part.end, begin + CHUNK_BYTES)), crc)

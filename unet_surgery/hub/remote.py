@@ -8,25 +8,26 @@ from __future__ import annotations
 import concurrent.futures
 import fcntl
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.header import LARGEST_HEADER_BYTES, MAX_HEADER_BYTES
 from unet_surgery.checkpoint.layout import WeightsChoice
 from unet_surgery.checkpoint.reader import Weights, open_weights
-from unet_surgery.errors import HubError, OutputError
+from unet_surgery.errors import ContainerError, HubError, OutputError
 from unet_surgery.hub.download import check_room, download
-from unet_surgery.hub.partial import PartialFile, Range, merged, total_bytes
+from unet_surgery.hub.partial import Part, PartialFile, Range, merged, total_bytes
 from unet_surgery.hub.repository import Repository
-from unet_surgery.hub.transport import ChangedError, NoRangesError, RangeReader, Stopped
+from unet_surgery.hub.transport import CONNECTIONS, ChangedError, NoRangesError, RangeReader, Stopped
 
 __all__ = ["RemoteWeights"]
 
 PIECE_BYTES = 8 << 20
 FIRST_BYTES = 128 << 10  # SD 1's header has 84 KB
-CONNECTIONS = 8
 SPARE_SHARE = 200  # one part in so many may be fetched in vain, to fetch fewer ranges
 
 
@@ -41,6 +42,8 @@ class RemoteWeights:
     inside: str
     choice: WeightsChoice
     shards: tuple[str, ...]
+    checked: dict[str, set[Part]] = field(default_factory=dict, compare=False, repr=False)
+    """Which parts of each shard were compared with their checksums in this run."""
 
     @property
     def folder(self) -> Path:
@@ -55,7 +58,7 @@ class RemoteWeights:
     def open(self, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Weights:
         """Open the weights for reading what was fetched; their headers are fetched if they are not there yet.
 
-        While they are open no other process changes these copies.
+        While they are open no other process throws away what is there.
 
         Raises:
             NoRangesError: the server cannot send a part of a file.
@@ -66,10 +69,22 @@ class RemoteWeights:
             self._copy_index()
         for shard in self.shards:
             self._fetch_header(shard, max_header_bytes)
-        weights = open_weights(self.folder, self.choice, max_header_bytes=max_header_bytes)
-        for file in weights.files:
-            fcntl.flock(file.fd, fcntl.LOCK_SH)
-        return weights
+        try:
+            weights = open_weights(self.folder, self.choice, max_header_bytes=max_header_bytes)
+        except ContainerError:  # the file's own fault, or the network's: a second copy of the headers tells
+            for shard in self.shards:
+                with _cache_errors(self.folder), self._partial(shard) as partial:
+                    partial.forget()
+                self._fetch_header(shard, max_header_bytes)
+            weights = open_weights(self.folder, self.choice, max_header_bytes=max_header_bytes)
+        try:
+            for file in weights.files:
+                fcntl.flock(file.fd, fcntl.LOCK_SH)
+            # others may fetch more parts meanwhile: that the file's time changes means nothing
+            return Weights([replace(file, status=None) for file in weights.files])
+        except BaseException:
+            weights.close()
+            raise
 
     def has_ranges(self) -> bool:
         """True if the server sends parts of a file; the first of them, which are needed anyway, are fetched to see."""
@@ -91,27 +106,41 @@ class RemoteWeights:
 
     def missing(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> int:
         """Return how many bytes :meth:`fetch` would fetch."""
-        num_bytes = 0
-        for shard, ranges in wanted.items():
-            with self._partial(shard) as partial:
-                num_bytes += total_bytes(_thrifty(partial.missing(ranges)))
-        return num_bytes
+        return sum(total_bytes(_thrifty(self._missing(shard, ranges))) for shard, ranges in wanted.items())
+
+    def require(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+        """Check, while they are open, that these ranges are here: what is not would be read as zeros.
+
+        Raises:
+            HubError: some are not.
+        """
+        if num_bytes := self.missing(wanted):
+            raise HubError(
+                "parts of the weights that were here are gone",
+                where=str(self.folder),
+                found=f"{num_bytes} bytes are missing",
+                hint="run again: they are fetched again",
+            )
+
+    def _missing(self, shard: str, ranges: Sequence[tuple[int, int]]) -> list[Range]:
+        """Return what is not here, without waiting for another process that fetches."""
+        partial = self._partial(shard).look()
+        if partial is None:
+            return merged(ranges)
+        try:
+            return partial.missing(ranges)
+        finally:
+            partial.close()
 
     def _fetch(self, shard: str, ranges: Sequence[tuple[int, int]], on_bytes: disk.OnBytes) -> int:
-        try:
-            with self._partial(shard) as partial:
-                missing = _thrifty(partial.missing(ranges))
-                if missing:
-                    check_room(self.folder, total_bytes(missing))
-                    self._transfer(partial, shard, missing, on_bytes)
-                return total_bytes(missing)
-        except OSError as error:
-            raise OutputError(
-                "the cache cannot be written",
-                where=str(self.folder),
-                found=error.strerror,
-                hint="UNET_SURGERY_CACHE says where it lies",
-            ) from error
+        if not self._missing(shard, ranges):
+            return 0
+        with _cache_errors(self.folder), self._partial(shard) as partial:
+            missing = _thrifty(partial.missing(ranges))
+            if missing:
+                check_room(self.folder, total_bytes(missing))
+                self._transfer(partial, shard, missing, on_bytes)
+            return total_bytes(missing)
 
     def _transfer(self, partial: PartialFile, shard: str, missing: Sequence[Range], on_bytes: disk.OnBytes) -> None:
         """Fetch pieces over several connections; the first failure stops all, and what is whole by then stays."""
@@ -133,7 +162,9 @@ class RemoteWeights:
 
         def fetch(piece: Range) -> None:
             try:
-                partial.record(piece.begin, piece.end, reader.read(piece.begin, piece.end, take))
+                crc = reader.read(piece.begin, piece.end, take)
+                partial.served_as(reader.etag)  # before the part counts: the next run must know whose it is
+                partial.record(piece.begin, piece.end, crc)
             except BaseException:
                 stop.set()
                 raise
@@ -143,33 +174,57 @@ class RemoteWeights:
         except ChangedError:
             partial.forget()
             raise
-        partial.served_as(reader.etag)
 
     def _fetch_header(self, shard: str, max_header_bytes: int) -> None:
         size = self._size(shard)
         self._fetch(shard, [Range(0, min(FIRST_BYTES, size))], _ignore)
-        with self._partial(shard) as partial:
-            length = int.from_bytes(partial.read(0, 8), "little")
+        with (self.folder / shard).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
         if length <= min(max_header_bytes, LARGEST_HEADER_BYTES, size - 8):  # else opening it says what is wrong
             self._fetch(shard, [Range(0, 8 + length)], _ignore)
 
     def _copy_index(self) -> None:
         index = self.choice.file
         data = (download(self.repository, [f"{self.inside}{index}"]) / self.inside / index).read_bytes()
-        disk.make_folders(self.folder)
-        disk.replace_file(self.folder / index, data, force=True)
+        copy = self.folder / index
+        with _cache_errors(self.folder):
+            disk.make_folders(self.folder)
+            while not copy.is_file() or copy.read_bytes() != data:
+                try:
+                    disk.replace_file(copy, data, force=True)
+                except BlockingIOError:  # another process writes the same
+                    time.sleep(0.05)
 
     def _partial(self, shard: str) -> PartialFile:
-        path = self.folder / shard
+        path, checked = self.folder / shard, self.checked.setdefault(shard, set())
         file = None if self.repository.files is None else self.repository.files[f"{self.inside}{shard}"]
         if file is None:
-            return PartialFile.as_it_is(path)
-        return PartialFile(path, file.identity or self.repository.commit, file.size)
+            return PartialFile.as_it_is(path, checked)
+        return PartialFile(path, file.identity or self.repository.commit, self._size(shard), checked)
 
     def _size(self, shard: str) -> int:
         if self.repository.files is not None:
-            return self.repository.files[f"{self.inside}{shard}"].size
+            size = self.repository.files[f"{self.inside}{shard}"].size
+            if size is None:
+                raise HubError(
+                    "the Hub does not say how large the file is", where=f"{self.repository.id}/{self.inside}{shard}"
+                )
+            return size
         return PartialFile.as_it_is(self.folder / shard).size
+
+
+@contextmanager
+def _cache_errors(folder: Path) -> Iterator[None]:
+    """Say which cache it is that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            "the cache cannot be written",
+            where=str(folder),
+            found=error.strerror,
+            hint="UNET_SURGERY_CACHE says where it lies",
+        ) from error
 
 
 def _fetch_all(pieces: Sequence[Range], fetch: Callable[[Range], None], stop: threading.Event) -> None:

@@ -19,6 +19,7 @@ from unet_surgery.hub.refusals import refusal, refused, unreachable
 
 __all__ = ["RemoteFile", "Repository", "cached_repository", "look_up"]
 
+LARGEST_FILE_BYTES = 1 << 50
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -27,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class RemoteFile:
     """A file of a repository. ``sha256`` is known of large ones, ``blob_id`` (git's hash of it) of all."""
 
-    size: int
+    size: int | None
     sha256: str | None
     blob_id: str | None
 
@@ -49,6 +50,13 @@ class Repository:
     def folder(self) -> Path:
         """Where this package keeps what it has of this commit."""
         return _home(self.id) / self.commit
+
+    @property
+    def snapshot(self) -> Path:
+        """Where the Hub's own cache keeps what it has of this commit."""
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE, f"models--{self.id.replace('/', '--')}", "snapshots", self.commit)
 
 
 def look_up(repository: str, revision: str | None) -> Repository:
@@ -73,9 +81,13 @@ def look_up(repository: str, revision: str | None) -> Repository:
     commit = info.sha
     if commit is None or not _COMMIT.fullmatch(commit):
         raise HubError("the Hub does not say which commit this is", where=repository)
+    if revision is not None and _COMMIT.fullmatch(revision) and commit != revision:
+        raise HubError(
+            "the Hub answers with another commit than was asked for", where=repository, expected=revision, found=commit
+        )
     files = {
         sibling.rfilename: RemoteFile(
-            sibling.size if isinstance(sibling.size, int) and sibling.size >= 0 else 0,
+            sibling.size if type(sibling.size) is int and 0 <= sibling.size <= LARGEST_FILE_BYTES else None,
             None if sibling.lfs is None else _matching(_SHA256, sibling.lfs.sha256),
             _matching(_COMMIT, sibling.blob_id),
         )
@@ -91,7 +103,8 @@ def cached_repository(repository: str, revision: str | None) -> Repository | Non
     from huggingface_hub import try_to_load_from_cache
 
     if revision is not None and _COMMIT.fullmatch(revision):
-        return Repository(repository, revision, None)
+        pinned = Repository(repository, revision, None)
+        return pinned if pinned.folder.is_dir() or pinned.snapshot.is_dir() else None
     try:
         commit = _reference(repository, revision).read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):

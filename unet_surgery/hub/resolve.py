@@ -13,6 +13,7 @@ from pathlib import Path
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.teacher import LocalWeights
 from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.hub.names import corrected
@@ -57,18 +58,18 @@ class ResolvedTeacher:
     """A teacher's folder; ``teacher_id`` is known where it came by name, ``name`` is for output folders.
 
     Of a single file, ``file`` is that (or what errors call it, where it lies on the Hub), and ``folder`` has its card.
-    ``exact``: the folder may hold other variants than ``variant``, and only that one is meant. ``remote`` are the
-    U-Net's weights where they lie on the Hub, ``transfer`` is what came from there.
+    Of a teacher on the Hub, ``remote`` are the U-Net's weights that are not here, ``local`` those that are (the cache
+    may hold others), and ``transfer`` is what came from there.
     """
 
     folder: Path
     teacher_id: str | None
     name: str
     variant: str | None
-    exact: bool = False
     file: Path | None = None
     hub: HubTeacher | None = None
     remote: RemoteWeights | None = None
+    local: LocalWeights | None = None
     transfer: Transfer | None = None
 
     @property
@@ -130,9 +131,15 @@ def fetch_teacher(
         TeacherError: the repository holds no U-Net with safetensors weights.
     """
     if found.hub is not None:
-        num_bytes = found.hub.fetch(unet_only=unet_only, weights=not parts_only and (full or found.remote is None))
-        remote = None if full else found.remote
-        return replace(found, file=found.hub.path or found.file, remote=remote, transfer=Transfer(num_bytes))
+        by_range = found.remote is not None and not full and (parts_only or found.remote.has_ranges())
+        num_bytes = found.hub.fetch(unet_only=unet_only, weights=not parts_only and not by_range)
+        return replace(
+            found,
+            file=found.hub.path or found.file,
+            remote=found.remote if by_range else None,
+            local=None if by_range else found.hub.cached(),
+            transfer=Transfer(num_bytes),
+        )
     if found.teacher_id in bundled_names():
         return replace(found, folder=_made(found.teacher_id, progress))
     return found
@@ -149,11 +156,11 @@ def _on_the_hub(repository: str, inside: str, revision: str | None, variant: str
         teacher.configs(),
         repository,
         repository.rpartition("/")[2] if teacher.file is None else Path(teacher.file).stem,
-        teacher.variant,
-        exact=True,
+        variant,
         file=None if teacher.file is None else teacher.path or teacher.repository.folder / inside,
         hub=teacher,
         remote=remote,
+        local=teacher.cached(),
     )
 
 

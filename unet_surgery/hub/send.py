@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from unet_surgery.errors import HubError, SurgeryError, UsageError, first_few, printable
+from unet_surgery.hub.patience import bounded_waits
 from unet_surgery.hub.refusals import refusal, refused, unreachable
 from unet_surgery.hub.upload import Upload
 
@@ -146,7 +147,7 @@ def _in_words(destination: Destination, step: Literal["prepare", "send", "check"
     """Turn what the client raises into one error of ours, and what it warns of into a line of the log."""
     name, revision = destination.repository, destination.revision
     try:
-        with warnings.catch_warnings(record=True) as caught, _bounded_waits():
+        with warnings.catch_warnings(record=True) as caught, bounded_waits(SILENCE_SECONDS):
             warnings.simplefilter("always")
             yield
         for warning in caught:
@@ -167,23 +168,6 @@ def _in_words(destination: Destination, step: Literal["prepare", "send", "check"
             found=type(error.__cause__ or error).__name__,
             hint="run again: what has arrived is not sent again",
         ) from error
-
-
-@contextmanager
-def _bounded_waits() -> Iterator[None]:
-    """Let the client's session give up after a minute without a byte: by itself it waits for ever (since 1.0)."""
-    from huggingface_hub import get_session
-
-    session: Any = get_session()
-    unbounded = getattr(getattr(session, "timeout", None), "read", SILENCE_SECONDS) is None
-    before = session.timeout if unbounded else None
-    if unbounded:
-        session.timeout = SILENCE_SECONDS
-    try:
-        yield
-    finally:
-        if unbounded:
-            session.timeout = before
 
 
 def _is_metadata(error: Exception) -> bool:

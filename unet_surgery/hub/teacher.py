@@ -10,9 +10,10 @@ from pathlib import Path
 from unet_surgery.checkpoint.components import INDEX, component_names
 from unet_surgery.checkpoint.layout import WeightsChoice, choose_weights, component_files, shard_files
 from unet_surgery.checkpoint.licence import CARD, is_licence_file
+from unet_surgery.checkpoint.teacher import LocalWeights
 from unet_surgery.errors import HubError, TeacherError, first_few, printable
 from unet_surgery.hub.download import cached_file, download, missing_bytes
-from unet_surgery.hub.partial import JOURNAL
+from unet_surgery.hub.partial import JOURNAL, PartialFile
 from unet_surgery.hub.remote import RemoteWeights
 from unet_surgery.hub.repository import Repository, look_up
 
@@ -43,12 +44,6 @@ class HubTeacher:
         """The single file in the Hub cache; None if this is a folder, or the cache has not all of it."""
         return None if self.file is None else cached_file(self.repository, f"{self.inside}{self.file}")
 
-    @property
-    def variant(self) -> str | None:
-        """The variant of the weights that are meant: by the repository's listing, whatever the cache holds."""
-        choice = self._choice()
-        return self.asked_variant if choice is None or self.file is not None else choice.variant
-
     def configs(self) -> Path:
         """Fetch what a plan needs besides the weights' header, and return the teacher's folder in the cache.
 
@@ -60,11 +55,22 @@ class HubTeacher:
         folder = download(self.repository, names) if names else self.repository.folder
         return folder / self.inside
 
+    def cached(self) -> LocalWeights | None:
+        """Return the U-Net's weights that the repository's listing means, if the Hub cache has them whole."""
+        choice = self._choice()
+        paths = [] if choice is None else [cached_file(self.repository, name) for name in self._weights(choice)]
+        if choice is None or not paths or None in paths:
+            return None
+        assert paths[0] is not None
+        return LocalWeights(paths[0].parent, choice)
+
     def remote(self) -> RemoteWeights | None:
         """Return the U-Net's weights as they lie on the Hub; None if there are none, or the cache has them whole."""
         choice = self._choice()
-        if choice is None or all(cached_file(self.repository, name) for name in self._weights(choice)):
+        if choice is None or self.cached() is not None:
             return None
+        if choice.variant != self.asked_variant:
+            log.info("the only weights there are of variant %s: taking these", choice.variant)
         shards = shard_files(self._unet_names(), choice) or [choice.file]
         return RemoteWeights(self.repository, f"{self.inside}{self.unet}", choice, tuple(shards))
 
@@ -177,12 +183,16 @@ def _single_file(repository: Repository, path: str, names: Sequence[str], varian
 
 def _cached_names(repository: Repository) -> list[str]:
     """Return the files that the Hub cache or this package's own holds of a commit."""
-    from huggingface_hub import constants
-
-    snapshot = Path(
-        constants.HF_HUB_CACHE, f"models--{repository.id.replace('/', '--')}", "snapshots", repository.commit
-    )
+    snapshot = repository.snapshot
     whole = {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()}
-    journals = repository.folder.rglob(f"*{JOURNAL}")
-    parts = {path.relative_to(repository.folder).as_posix().removesuffix(JOURNAL) for path in journals}
+    copies = [path.with_name(path.name.removesuffix(JOURNAL)) for path in repository.folder.rglob(f"*{JOURNAL}")]
+    parts = {path.relative_to(repository.folder).as_posix() for path in copies if _is_copy(path)}
     return sorted(whole | parts)
+
+
+def _is_copy(path: Path) -> bool:
+    try:
+        PartialFile.as_it_is(path)
+    except (OSError, ValueError):
+        return False
+    return True

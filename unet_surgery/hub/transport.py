@@ -7,6 +7,7 @@ Hub's own host and nowhere else.
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 import zlib
@@ -19,10 +20,11 @@ from urllib.parse import urljoin, urlsplit
 from unet_surgery.errors import HubError, printable
 from unet_surgery.hub.patience import AGAIN, FIRST_PAUSE_SECONDS, longer, patience_seconds, retry_after
 
-__all__ = ["ChangedError", "NoRangesError", "RangeReader", "Stopped"]
+__all__ = ["CONNECTIONS", "ChangedError", "NoRangesError", "RangeReader", "Stopped"]
 
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 16 << 10
 MAX_REDIRECTS = 5
+CONNECTIONS = 8
 MAX_WRONG_ANSWERS = 3
 EXPIRED = (401, 403, 410)  # at a signed address that another host serves
 HINTS = {
@@ -89,6 +91,7 @@ class RangeReader:
         self._stop = stop
         self._lock = threading.Lock()
         self._address: _Address | None = None
+        self._hops = 0
         self.etag = etag
         self._had_range = etag is not None
 
@@ -145,19 +148,23 @@ class RangeReader:
 
     def _check(self, answer: _Answer, address: _Address, begin: int, end: int) -> None:
         """Let only the asked bytes of the same file pass."""
-        status, etag = answer.status, answer.headers.get("etag")
+        status, etag = answer.status, _plain(answer.headers.get("etag"))
         if status in AGAIN:
             raise _Again(f"HTTP {status}", pause=retry_after(answer.headers))
         if status in EXPIRED and not address.own:
-            with self._lock:
-                self._address = None
+            self._let_go(address)
             raise _Again(f"HTTP {status}", wrong=True)
+        if status in REDIRECTS and "location" in answer.headers:
+            self._follow(address, answer.headers["location"])
+            raise _Again(f"HTTP {status}")
         if status == 200 and not self._had_range:
             raise NoRangesError
         if status in (200, 412, 416) or (status == 206 and self.etag not in (None, etag)):
             raise self._changed()
         if status != 206:
             raise self._refused(status)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise _Again("compressed, though that was not asked for", wrong=True)
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
         length = answer.headers.get("content-length", str(end - begin))
         if found is None or found.groups() != (str(begin), str(end - 1), str(self._size)):
@@ -175,10 +182,29 @@ class RangeReader:
                 self._address = self._look_up()
             return self._address
 
-    def _look_up(self) -> _Address:
+    def _let_go(self, address: _Address) -> None:
+        """Forget an address, unless another thread has asked for a new one already."""
+        with self._lock:
+            if self._address is address:
+                self._address = None
+
+    def _follow(self, address: _Address, location: str) -> None:
+        """Go where the host of ``address`` sends us; a mirror may send us to the Hub, and that to its store."""
+        target = self._redirected(address, location, _origin(self._hub_url()))
+        with self._lock:
+            self._hops += 1
+            if self._hops > MAX_REDIRECTS * CONNECTIONS:
+                raise self._refused(302)
+            if self._address is address:
+                self._address = target
+
+    def _hub_url(self) -> str:
         from huggingface_hub import hf_hub_url
 
-        address = _Address(hf_hub_url(self._repository, self._name, revision=self._commit), own=True)
+        return hf_hub_url(self._repository, self._name, revision=self._commit)
+
+    def _look_up(self) -> _Address:
+        address = _Address(self._hub_url(), own=True)
         host = _origin(address.url)
         for _ in range(MAX_REDIRECTS):
             try:
@@ -200,8 +226,11 @@ class RangeReader:
 
     def _redirected(self, address: _Address, location: str, host: tuple[str, str]) -> _Address:
         """Return where a redirect leads: never from https to anything less."""
-        url = urljoin(address.url, location)
-        scheme = urlsplit(url).scheme
+        try:
+            url = urljoin(address.url, location)
+            scheme = urlsplit(url).scheme
+        except ValueError:
+            url, scheme = "", "no address"
         if scheme != "https" and (scheme != "http" or host[0] == "https"):
             raise HubError(
                 "the Hub redirects to an address that cannot be trusted",
@@ -250,7 +279,7 @@ def _request(method: str, address: _Address, headers: Mapping[str, str]) -> Iter
     common = {"headers": sent, "timeout": HF_HUB_DOWNLOAD_TIMEOUT}
     if callable(getattr(session, "stream", None)):
         with session.stream(method, address.url, follow_redirects=False, **common) as response:
-            yield _Answer(response.status_code, response.headers, response.iter_raw(CHUNK_BYTES), address.url)
+            yield _Answer(response.status_code, response.headers, response.iter_raw(), address.url)
     else:
         with session.request(method, address.url, allow_redirects=False, stream=True, **common) as response:
             chunks = response.iter_content(CHUNK_BYTES)
@@ -263,7 +292,13 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 
     clients = ("httpx", "httpx2", "requests")
     own = tuple(c for c in HfHubHTTPError.__mro__ if c.__module__.partition(".")[0] in clients)
-    return (*own, ConnectionError, TimeoutError)
+    invalid = [getattr(sys.modules[c.__module__.partition(".")[0]], "InvalidURL", None) for c in own]
+    return (*own, *(error for error in invalid if error is not None), ConnectionError, TimeoutError, UnicodeError)
+
+
+def _plain(etag: str | None) -> str | None:
+    """Return an ETag that can be sent back and written down; any other is none."""
+    return etag if etag is not None and etag.isascii() and etag.isprintable() else None
 
 
 def _origin(url: str) -> tuple[str, str]:

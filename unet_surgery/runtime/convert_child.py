@@ -15,6 +15,7 @@ import re
 import resource
 import signal
 import sys
+import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def _limit(size: int) -> None:
 
 
 def _convert(source: str, fd: int, size: int) -> dict[str, Any]:
-    loaded = _load(source)
+    loaded = _load(source, size)
     tensors, wrapper, dropped = _unwrap(loaded)
     out = _checked(tensors, size)
     shared = _shared(tensors)
@@ -137,7 +138,29 @@ def _convert(source: str, fd: int, size: int) -> dict[str, Any]:
     }
 
 
-def _load(source: str) -> object:
+def _can_be_mapped(source: str, size: int) -> bool:
+    """True for an archive, of ``size`` bytes, whose records lie in it as they are; False for one of the old format.
+
+    Raises:
+        RefusedError: its records are implausibly larger than the archive.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+    total = sum(record.file_size for record in records)
+    if total > EXPANSION * size:
+        raise RefusedError(
+            "the records of the archive are implausibly larger than the file",
+            expected=f"at most {EXPANSION * size} bytes",
+            found=f"{total} bytes",
+            hint="repack it without compression if you trust it",
+        )
+    return bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
+
+
+def _load(source: str, size: int) -> object:
     try:
         import torch
         from packaging.version import Version
@@ -152,11 +175,9 @@ def _load(source: str) -> object:
             hint=f"pip install 'torch>={SAFE_TORCH}'",
         )
     try:
-        try:
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # of the old format, or compressed: it cannot be mapped
-            return torch.load(source, map_location="cpu", weights_only=True)
-    except MemoryError:
+        # torch does not look whether an archive is compressed: mapped, it takes the compressed bytes for the numbers
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=_can_be_mapped(source, size))
+    except (MemoryError, RefusedError):
         raise
     except pickle.UnpicklingError as error:
         raise _wants_more(error) from error
