@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,35 @@ def test_state_dicts_are_found(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("deflated", ["all", "one"])
+def test_a_compressed_archive_holds_the_same_numbers(deflated: str, tmp_path: Path) -> None:
+    """torch maps such a file all the same, and takes the compressed bytes for the numbers."""
+    state = {f"w{i}": torch.randn(64, 64) for i in range(4)} | {"zeros": torch.zeros(200, 200)}
+    torch.save(state, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w") as packed:
+        for record in plain.infolist():
+            small = deflated == "all" or record.filename.endswith("data/1")
+            kind = zipfile.ZIP_DEFLATED if small else zipfile.ZIP_STORED
+            packed.writestr(record.filename, plain.read(record), compress_type=kind)
+    found = load_file(convert(tmp_path / "x.pt").file)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_bomb_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(40_000_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for record in plain.infolist():
+            packed.writestr(record.filename, plain.read(record), compress_type=zipfile.ZIP_DEFLATED)
+    (tmp_path / "plain.pt").unlink()
+    with pytest.raises(TeacherError, match="implausibly larger"):
+        convert(tmp_path / "x.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
 def test_shared_and_strided_tensors_are_written_whole(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     content = {"a": base, "b": base, "c": base.T, "d": base[1], "e": torch.arange(3.0)[::2], "f": base[:1].expand(3, 4)}

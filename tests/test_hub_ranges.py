@@ -18,7 +18,7 @@ import pytest
 from configs import CONFIGS
 from hub_faults import ALWAYS, Fault
 from hub_server import READER, WRITER, HubStandIn, client_env
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from teachers import WEIGHTS, entries, folder_bytes, random_tensors, write_sharded, write_unet
 from test_cli import tool
 
@@ -180,6 +180,11 @@ def test_every_request_is_of_one_commit(hub, teacher, expected, tmp_path, env) -
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 PASSING = {
+    "a listing that says nothing": [Fault("stall", "/api/models/*", host="hub")],
+    "a listing that breaks off": [Fault("cut", "/api/models/*", host="hub", parameter=50, times=2)],
+    "resets at the listing": [Fault("reset", "/api/models/*", host="hub", times=2)],
+    "many small cuts": [Fault("cut", host="cdn", parameter=100_000, times=12)],
+    "a flipped byte in the header": [Fault("flip", host="cdn", parameter=100)],
     "429 with Retry-After": [Fault("status", host="cdn", parameter=429, headers={"Retry-After": "1"}, after=1)],
     "503 at the Hub": [Fault("status", "*/resolve/*", host="hub", parameter=503, times=2)],
     "503 for the listing": [Fault("status", "/api/models/*", host="hub", parameter=503, times=2)],
@@ -209,6 +214,7 @@ def test_what_passes_is_waited_for(name, hub, expected, tmp_path, env) -> None:
 
 
 LASTING = {
+    "a Hub that says nothing": ([Fault("stall", "/api/*", host="hub", times=ALWAYS)], ["cannot be reached"]),
     "401": ([Fault("status", "*/resolve/*", host="hub", parameter=401, times=ALWAYS)], ["401", "hf auth login"]),
     "403": ([Fault("status", "*/resolve/*", host="hub", parameter=403, times=ALWAYS)], ["403"]),
     "404": ([Fault("status", f"*/resolve/*{WEIGHTS}", host="hub", parameter=404, times=ALWAYS)], ["404"]),
@@ -425,6 +431,102 @@ def test_weights_that_do_not_fit_the_config(tmp_path, env) -> None:
 def test_a_name_with_a_typo(written: str, hint: str, tmp_path: Path) -> None:
     _, err = tool("plan", "-r", "bk_tiny", "-t", written, cwd=tmp_path, code=3)
     assert hint in err.partition("try:")[2]
+
+
+def test_a_cold_check_fetches_what_it_compares(hub, expected, tmp_path, env) -> None:
+    with hub.serve() as endpoint:
+        tool(*PRUNE, cwd=tmp_path, env=env(endpoint))
+        cold = {**env(endpoint), "UNET_SURGERY_CACHE": str(tmp_path / "cold"), "HF_HOME": str(tmp_path / "cold-hf")}
+        tool("check", "out", "-t", NAME, cwd=tmp_path, env=cold)
+        hub.faults.append(Fault("no-range", host="cdn", times=ALWAYS))
+        cold = {**env(endpoint), "UNET_SURGERY_CACHE": str(tmp_path / "colder"), "HF_HOME": str(tmp_path / "colder-hf")}
+        tool("check", "out", "-t", NAME, cwd=tmp_path, env=cold)
+
+
+def test_a_commit_that_was_pinned_is_the_one(hub, teacher, tmp_path, env) -> None:
+    first = hub.repositories[NAME].history()[0]
+    hub.repositories[NAME].commits["a" * 40] = first  # the Hub says another hash than it was asked for
+    with hub.serve() as endpoint:
+        address = f"{NAME}@{'a' * 40}"
+        _, err = tool("plan", "-r", "bk_tiny", "-t", address, cwd=tmp_path, env=env(endpoint), code=5)
+        assert "another commit than was asked for" in err
+        tool("plan", "-r", "bk_tiny", "-t", f"{NAME}@{first.oid}", cwd=tmp_path, env=env(endpoint))
+    offline = env("http://127.0.0.1:9")
+    tool("plan", "-r", "bk_tiny", "-t", f"{NAME}@{first.oid}", cwd=tmp_path, env=offline)
+    _, err = tool("plan", "-r", "bk_tiny", "-t", f"{NAME}@{'b' * 40}", cwd=tmp_path, env=offline, code=5)
+    assert "not in its cache" in err
+
+
+def test_parts_of_another_file_are_not_gone_on_with(tmp_path, hub, teacher) -> None:
+    """The server's file changes between a run that broke off and the next."""
+    import threading
+
+    from unet_surgery.hub.partial import PartialFile
+    from unet_surgery.hub.transport import ChangedError, RangeReader
+
+    partial = PartialFile(tmp_path / "x", "identity", (teacher / WEIGHTS).stat().st_size)
+    with partial:
+        partial.served_as('"one"')
+        partial.write(0, b"abc")
+        partial.record(0, 3, 891568578)
+    commit = hub.repositories[NAME].history()[0].oid
+    with hub.serve() as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        with PartialFile(tmp_path / "x", "identity", partial.size) as again:
+            assert again.missing([(0, 3)]) == []
+            assert again.etag == '"one"'
+            reader = RangeReader(NAME, WEIGHTS, commit, partial.size, threading.Event(), again.etag)
+            with pytest.raises(ChangedError):
+                reader.read(3, 100, lambda _offset, _data: None)
+            again.forget()
+            assert again.missing([(0, 3)]) == [(0, 3)]
+
+
+def test_shards_for_two_at_once(tmp_path, env) -> None:
+    folder = write_sharded(tmp_path / "sharded", WIDER, 3)
+    hub = HubStandIn()
+    hub.add(NAME, folder)
+    with hub.serve() as endpoint:
+        command = [sys.executable, "-m", "unet_surgery", "plan", "-r", "bk_tiny", "-t", NAME]
+        environment = {**os.environ, **env(endpoint)}
+        running = [
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) for _ in range(4)
+        ]
+        assert [process.wait(60) for process in running] == [0] * 4
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b'{"identity": 3}', b"\xff"], ids=repr)
+def test_a_journal_that_is_none_is_no_copy(line, hub, expected, tmp_path, env) -> None:
+    with hub.serve() as endpoint:
+        tool("plan", "-r", "bk_tiny", "-t", NAME, cwd=tmp_path, env=env(endpoint))
+        journal = next((tmp_path / "cache").rglob("*.parts"))
+        journal.write_bytes(line)
+        _, err = tool(*PRUNE, cwd=tmp_path, env=env("http://127.0.0.1:9"), code=5)
+        assert "error: the Hugging Face Hub cannot be reached" in err
+        tool(*PRUNE, cwd=tmp_path, env=env(endpoint))
+    assert_same(tmp_path / "out", expected)
+
+
+def test_the_cache_does_not_choose_the_vae(tiny, tmp_path, env) -> None:
+    """A U-Net of one variant, a VAE of two: what an earlier run fetched must not decide which is taken."""
+    folder = tmp_path / "repository"
+    shutil.copytree(tiny, folder)
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    half = {name: tensor.astype("float16") for name, tensor in load_file(folder / "vae" / WEIGHTS).items()}
+    save_file(half, folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    hub = HubStandIn()
+    hub.add(NAME, folder)
+    with hub.serve() as endpoint:
+        tool(*PRUNE, cwd=tmp_path, env=env(endpoint))
+        warm = {**env(endpoint), "UNET_SURGERY_CACHE": str(tmp_path / "warm"), "HF_HOME": str(tmp_path / "warm-hf")}
+        tool(*PRUNE[:-3], "-q", "--variant", "fp16", "-o", "half", cwd=tmp_path, env=warm)
+        tool(*PRUNE[:-3], "-q", "-o", "again", cwd=tmp_path, env=warm)
+    vaes = [(tmp_path / name / "vae" / WEIGHTS).stat().st_size for name in ("out", "again", "half")]
+    assert vaes[0] == vaes[1] > vaes[2]
 
 
 # --- there and back -------------------------------------------------------------------------------------------------

@@ -211,7 +211,9 @@ def test_a_file_on_the_hub_by_range(hub: HubStandIn, exported: Path, tmp_path: P
         assert tool(*command, "-q", cwd=tmp_path, env=env)[0] == "v1-5-tuned-bk_tiny\n"
         tool("check", "v1-5-tuned-bk_tiny", "-t", address, "--base", "org/base", cwd=tmp_path, env=env)
         assert tool(*command, "--full", "-o", "full", cwd=tmp_path, env=env)
-    sent = sum(r.body_bytes for r in hub.seen("GET", "cdn") if r.range)
+        sent = sum(r.body_bytes for r in hub.seen("GET", "cdn") if r.range)
+        cold = {**env, "UNET_SURGERY_CACHE": str(tmp_path / "cold"), "HF_HOME": str(tmp_path / "cold-hf")}
+        tool("check", "v1-5-tuned-bk_tiny", "-t", address, "--base", "org/base", cwd=tmp_path, env=cold)
     assert sent < 0.7 * exported.stat().st_size
     found, full = folder_bytes(tmp_path / "v1-5-tuned-bk_tiny"), folder_bytes(tmp_path / "full")
     local = folder_bytes(unet_surgery.prune("bk_tiny", exported, tmp_path / "local", base="tiny-random").folder)

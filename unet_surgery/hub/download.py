@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
@@ -110,26 +111,19 @@ def _from_cache(repository: Repository, names: Sequence[str]) -> Path:
 
 
 def _snapshot(repository: Repository, names: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    """Fetch what the Hub cache lacks, file by file and by commit: the Hub is asked for no listing again."""
+    from huggingface_hub import hf_hub_download
 
-    missing = [name for name in names if cached_file(repository, name) is None]
-    try:
-        if missing:
-            patiently(
-                lambda: snapshot_download(repository.id, revision=repository.commit, allow_patterns=_literal(missing))
-            )
-    except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
-        if (answer := refusal(error)) is not None:
-            raise refused(repository.id, repository.commit, answer) from error
-        raise _broken_off(repository.id, error) from error
+    for name in names:
+        if cached_file(repository, name) is not None:
+            continue
+        try:
+            patiently(partial(hf_hub_download, repository.id, name, revision=repository.commit))
+        except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
+            if (answer := refusal(error)) is not None:
+                raise refused(repository.id, repository.commit, answer) from error
+            raise _broken_off(repository.id, error) from error
     return _from_cache(repository, names)
-
-
-def _literal(names: Sequence[str]) -> list[str]:
-    """Return the names as patterns that match nothing else."""
-    import glob
-
-    return [glob.escape(name) for name in names]
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:

@@ -77,13 +77,10 @@ def patiently(call: Callable[[], T]) -> T:
     Raises:
         Exception: whatever the last attempt raised.
     """
-    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-
     start, pause = time.monotonic(), FIRST_PAUSE_SECONDS
     while True:
         try:
-            with bounded_waits(HF_HUB_DOWNLOAD_TIMEOUT):
-                return call()
+            return call()
         except Exception as error:
             response = getattr(refusal(error), "response", None)
             if response is None and not _is_broken(error):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from unet_surgery.checkpoint import disk
@@ -16,6 +17,9 @@ from unet_surgery.errors import HubError
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.hub.patience import patiently
 from unet_surgery.hub.refusals import refusal, refused, unreachable
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 __all__ = ["RemoteFile", "Repository", "cached_repository", "look_up"]
 
@@ -68,9 +72,13 @@ def look_up(repository: str, revision: str | None) -> Repository:
         HubError: the Hub refuses, or it cannot be reached and nothing is cached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+
+    def ask() -> ModelInfo:  # without a limit the client would wait for ever
+        return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
 
     try:
-        info = patiently(lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
+        info = patiently(ask)
     except Exception as error:  # the HTTP client's own exceptions are not part of huggingface_hub's interface
         if (answer := refusal(error)) is not None:
             raise refused(repository, revision, answer) from error
