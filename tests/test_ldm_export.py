@@ -383,7 +383,7 @@ def test_damaged_folders(unet: Path, pipelines: dict[str, Path], tmp_path: Path)
             us.export(folder, tmp_path / "x.safetensors")
         assert not [name for name in entries(tmp_path) if "x.safetensors" in name]
 
-    refused(tmp_path / "nowhere", "no such teacher")
+    refused(tmp_path / "nowhere", "no such folder")
     config = json.loads((unet / "config.json").read_text())
     (unet / "config.json").write_text(json.dumps({**config, "layers_per_block": 3}))
     refused(unet, "do not fit config.json")

@@ -83,7 +83,15 @@ def controlnet(
     target = Path(f"{os.path.basename(os.path.abspath(folder))}-controlnet" if out is None else out)
     opened = None
     if teacher is not None:
-        opened = _with_mid(resolve_teacher(named(teacher), variant=variant), max_header, progress)
+        of_teacher = decided.teacher_variant if variant is None else variant
+        if decided.teacher_variant is not None and of_teacher != decided.teacher_variant:
+            raise UsageError(
+                "the student was made of other weights of its teacher",
+                expected=f"--variant {decided.teacher_variant}",
+                found=f"--variant {of_teacher}",
+                hint="leave --variant out: the plan knows it",
+            )
+        opened = _with_mid(resolve_teacher(named(teacher), variant=of_teacher), max_header, progress)
     trained = None if controlnet is None else open_controlnet(Path(controlnet), variant, max_header_bytes=max_bytes)
     options = ControlOptions(__version__, seed, force, max_bytes)
     result = write_controlnet(folder, decided, graphs, target, options, progress, teacher=opened, controlnet=trained)

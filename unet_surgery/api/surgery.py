@@ -171,6 +171,7 @@ def plan_whole(teacher: str | Path, *, variant: str | None = None) -> SurgeryPla
         recipe={},
         teacher_id=opened.teacher_id,
         teacher_commit=opened.commit,
+        teacher_variant=opened.variant,
         teacher=graph,
     )
 
@@ -265,18 +266,20 @@ def check(
 ) -> CheckReport:
     """Check a student folder against its plan and, with ``teacher``, every copied byte against the teacher's.
 
-    ``base`` is the pipeline that its other parts came from, where the teacher is a U-Net alone.
+    ``base`` is the pipeline that its other parts came from, where the teacher is a U-Net alone; ``variant`` is the
+    plan's by default. Of a teacher on the Hub the same parts are compared that prune fetches.
 
     Raises:
         VerificationError: something differs; names the tensors.
         TeacherError, HubError: ``teacher`` cannot be read, or is another one.
     """
-    opened = None
+    opened, by_range = None, False
     if teacher is None and base is not None:
         raise UsageError("a base without a teacher compares nothing", hint="give --teacher as well")
     if teacher is not None:
         student = Path(folder)
         decided, alone = read_plan(student), unet_folder(student) == student
+        variant = decided.teacher_variant if variant is None else variant
         found = resolve_teacher(named(teacher), variant=variant)
         found = fetch_teacher(found, unet_only=alone, progress=progress)
         opened = open_resolved(found, max_header=max_header)
@@ -284,7 +287,9 @@ def check(
             others = resolve_teacher(named(base), variant=None if found.file else variant)
             opened = opened.with_base(_parts_of(others, progress))
         _fetch_kept(found, opened, decided, progress)
-    return check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
+        by_range = found.remote is not None
+    report = check_student(Path(folder), opened, progress, max_header_bytes=parse_size(max_header))
+    return replace(report, by_range=by_range)
 
 
 def plan_families(recipe: Recipe) -> dict[str, SurgeryPlan]:
@@ -352,6 +357,10 @@ def named(teacher: str | Path) -> str:
 
 def _say_assumed(teacher: TeacherFolder) -> None:
     if teacher.assumed:
+        # a path of this machine may be shown here, though not in a card
+        if teacher.config_where is not None:
+            log.warning("the config of %s is taken from %s", teacher.unet.name, teacher.config_where)
+            return
         lines = "".join(f"\n  {line}" for line in teacher.assumed)
         log.warning("what the weights of %s do not say was taken as follows:%s", teacher.unet.name, lines)
 
@@ -429,6 +438,7 @@ def _plan(recipe: Recipe, teacher: TeacherFolder, weights: Weights | None, dtype
             recipe=recipe.to_data(),
             teacher_id=teacher.teacher_id,
             teacher_commit=teacher.commit,
+            teacher_variant=teacher.variant,
             allow_skip_change=recipe.allow_skip_change,
             weights=None if weights is None else weights.stored(),
             tensor_bytes=None if weights is None else weights.tensor_bytes(),

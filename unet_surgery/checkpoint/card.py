@@ -228,7 +228,8 @@ def _limits(plan: SurgeryPlan, facts: CardFacts) -> str:
             + "."
         )
     if plan.teacher_id == LOCAL:
-        items.append("The teacher was a local folder; this card cannot say which model it was.")
+        kind = "file" if facts.assumed else "folder"
+        items.append(f"The teacher was a local {kind}; this card cannot say which model it was.")
     return "\n".join(f"- {item}" for item in items)
 
 

@@ -40,7 +40,10 @@ MAX_PLAN_BYTES = 2 * MAX_JSON_BYTES  # SDXL's has half a megabyte
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What was checked. ``compared_bytes`` is 0 where no teacher was given."""
+    """What was checked. ``compared_bytes`` is 0 where no teacher was given.
+
+    ``by_range``: it was compared with parts of the teacher's files, which cannot be compared with their checksums.
+    """
 
     plan: SurgeryPlan
     unet: Path
@@ -49,6 +52,7 @@ class CheckReport:
     compared_tensors: int
     compared_bytes: int
     compared_files: int
+    by_range: bool = False
 
 
 def read_plan(student: Path) -> SurgeryPlan:

@@ -148,8 +148,7 @@ def write_controlnet(
         tensors = in_file_order(_out_tensors(decided, sources, options.seed))
         licence = find_licence(folder, family=plan.family)
         if controlnet is not None:
-            theirs = find_licence(controlnet.root, family=plan.family)
-            licence = theirs if theirs.id is not None else licence
+            licence = find_licence(controlnet.root, family=plan.family)  # its weights are none of the student's
         texts = {name: text.encode("utf-8") for name, text in licence.files.items()}
         texts[CONFIG] = (json.dumps(decided.config, indent=2, sort_keys=True) + "\n").encode()
         # the card last: _check_replaceable

@@ -80,7 +80,7 @@ def part_files(teacher: TeacherFolder, weights: Weights) -> PartFiles:
     for component in components:
         made = own.get(component.name)
         if made is not None:
-            _check_fit(component, made, pipeline)
+            _check_fit(component, made, pipeline, str(teacher.unet))
         files |= _files(component, made)
     copied = [component for component in components if component.name not in own]
     faults = mendings(copied, pipeline.variant, max_header_bytes=teacher.max_header_bytes)
@@ -98,7 +98,7 @@ def _files(component: Component, made: Sequence[OutTensor] | None) -> Iterator[t
         yield f"{component.name}/{base}.safetensors", Made(tuple(made))
 
 
-def _check_fit(component: Component, made: Sequence[OutTensor], base: TeacherFolder) -> None:
+def _check_fit(component: Component, made: Sequence[OutTensor], base: TeacherFolder, where: str) -> None:
     """The base's config is written beside the file's own weights, so both must have tensors of the same sizes.
 
     Names are not compared: old VAEs and text encoders of transformers 5 are named otherwise.
@@ -108,16 +108,20 @@ def _check_fit(component: Component, made: Sequence[OutTensor], base: TeacherFol
         return
     with open_weights(component.folder, chosen, max_header_bytes=base.max_header_bytes) as weights:
         theirs = {name: info for name in weights if POSITION_IDS not in name and (info := weights.info(name))}
-    ours = sorted((tensor.num_bytes // _width(tensor.dtype), tensor.name) for tensor in made)
-    expected = sorted((info.num_bytes // _width(info.dtype), name) for name, info in theirs.items())
-    if [count for count, _ in ours] != [count for count, _ in expected]:
-        raise TeacherError(
-            f"the file's own {component.name} is not of the kind of the base's",
-            where=str(component.folder),
-            expected=f"{len(expected)} tensors: {first_few([name for _, name in expected])}",
-            found=f"{len(ours)} tensors: {first_few([name for _, name in ours])}",
-            hint="give a --base of the same family; or --unet-only",
-        )
+    ours = {tensor.name: tensor.num_bytes // _width(tensor.dtype) for tensor in made}
+    expected = {name: info.num_bytes // _width(info.dtype) for name, info in theirs.items()}
+    if sorted(ours.values()) == sorted(expected.values()):
+        return
+    missing, extra = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
+    other = sorted(name for name in ours.keys() & expected.keys() if ours[name] != expected[name])
+    groups = (("missing", missing), ("unexpected", extra), ("of another size", other))
+    raise TeacherError(
+        f"the file's own {component.name} does not fit the base's config",
+        where=where,
+        expected=f"{len(expected)} tensors, as {component.folder} has",
+        found="; ".join(f"{len(names)} {kind}: {first_few(names)}" for kind, names in groups if names),
+        hint="where few differ, download the file again; else give a --base of the same family, or --unet-only",
+    )
 
 
 def _width(dtype: str) -> int:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.errors import OutputBusyError, OutputError
+from unet_surgery.errors import OutputBusyError, OutputError, UsageError
 
 __all__ = ["check_apart", "check_space", "check_target", "write_target"]
 
 SPARE_BYTES = 4 << 20
+SUFFIX = ".safetensors"
 
 
 def check_target(target: Path, source: Path, *, force: bool) -> None:
@@ -22,9 +23,14 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
 
     Raises:
         OutputError: it may not.
+        UsageError: it is not named as a safetensors file.
     """
     if not str(target).strip() or target.name in ("", ".", ".."):
         raise OutputError("the output is no file's name", where=str(target) or "--out", hint="choose another --out")
+    if target.suffix != SUFFIX:
+        raise UsageError(
+            "the output is not a safetensors file", where=str(target), expected=f"a name that ends in {SUFFIX}"
+        )
     if target.exists() and target.samefile(source):
         raise OutputError("the output is the input", where=str(target), hint="choose another --out")
     if os.path.lexists(target) and not (force and target.is_file()):
@@ -83,7 +89,7 @@ def check_space(folder: Path, num_bytes: int) -> None:
         raise OutputError(
             "there is not enough room on the disk",
             where=str(folder),
-            expected=f"{num_bytes / 1e9:.2f} GB",
-            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{num_bytes / 1e6:,.1f} MB",
+            found=f"{free / 1e6:,.1f} MB free",
             hint="free some, or write to another disk with --out",
         )

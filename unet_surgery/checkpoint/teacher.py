@@ -67,7 +67,8 @@ class TeacherFolder:
     where this is a U-Net alone.
 
     Of a single file, ``root`` and ``unet`` are that file, ``assumed`` is what of the config is not in it, ``single``
-    says which other parts are, and ``config_from`` is where the config was taken from, if from elsewhere.
+    says which other parts are, ``config_from`` is what the config was taken from, if that was asked for, and
+    ``config_where`` where that is on this machine.
     """
 
     root: Path
@@ -85,6 +86,7 @@ class TeacherFolder:
     assumed: tuple[str, ...] = ()
     single: PartsSource | None = None
     config_from: str | None = None
+    config_where: str | None = None
 
     @property
     def name(self) -> str:
@@ -227,7 +229,7 @@ def _local_weights(unet: Path, variant: str | None, *, exact: bool) -> LocalWeig
 
 def _not_a_folder(path: Path) -> TeacherError:
     if not os.path.lexists(path):
-        return TeacherError("there is no such teacher", where=str(path))
+        return TeacherError("there is no such folder", where=str(path))
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -71,7 +71,12 @@ def _given_config(config: str | Path | None, offered: TeacherFolder | None) -> G
     path = Path(config)
     if path.suffix == ".json" and path.is_file():
         return GivenConfig(read_object(path, MAX_CONFIG_BYTES), path.name, str(path))
-    model = open_resolved(resolve_teacher(str(config)), config_only=True)
+    found = resolve_teacher(str(config))
+    if found.file is not None:
+        raise UsageError(
+            "a single file has no config", where=str(config), expected="a config.json, or a model's folder or id"
+        )
+    model = open_resolved(found, config_only=True)
     return GivenConfig(model.config, model.name, str(model.unet / "config.json"))
 
 

@@ -37,14 +37,14 @@ def refused(repository: str, revision: str | None, error: Exception, *, writing:
 
 def unreachable(repository: str, error: Exception, *, writing: bool = False) -> HubError:
     """Return the error for a Hub that does not answer, or that may not be asked."""
+    offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
     if not writing:
         return HubError(
             "the Hugging Face Hub cannot be reached, and the model is not in its cache",
             where=repository,
-            found=type(error).__name__,
+            found="offline mode (HF_HUB_OFFLINE)" if offline else type(error).__name__,
             hint="give a local folder, or a built-in teacher: --teacher sd-v1-random",
         )
-    offline = any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(error))
     return HubError(
         "the Hugging Face Hub cannot be reached",
         where=repository,

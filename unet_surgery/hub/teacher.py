@@ -164,9 +164,18 @@ def find_hub_teacher(repository: str, inside: str, revision: str | None, variant
             where=f"{repository}/{inside}" if inside else repository,
             expected="unet/config.json or config.json",
             found=first_few(sorted(names)) or "an empty repository",
-            hint=f"for a single file: {repository}/{printable(files[0])}" if files else None,
+            hint=_where_else(repository, names, files),
         )
     return HubTeacher(found, start, unet, names, variant)
+
+
+def _where_else(repository: str, names: Sequence[str], files: Sequence[str]) -> str | None:
+    """Return where in a repository a teacher may be: a folder with a pipeline or a U-Net, else a single file."""
+    ends = (f"/{INDEX}", "/unet/config.json")
+    folders = [name.removesuffix(end) for end in ends for name in names if name.endswith(end)]
+    if folders:
+        return f"for the folder: {repository}/{printable(folders[0])}"
+    return f"for a single file: {repository}/{printable(files[0])}" if files else None
 
 
 def _single_file(repository: Repository, path: str, names: Sequence[str], variant: str | None) -> HubTeacher:

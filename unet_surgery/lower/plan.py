@@ -72,6 +72,7 @@ class SurgeryPlan:
     recipe: Mapping[str, Any]
     teacher_id: str
     teacher_commit: str | None
+    teacher_variant: str | None
     family: str | None
     teacher_config: Mapping[str, Any]
     teacher_weights: StoredWeights | None
@@ -122,6 +123,7 @@ def _encode(plan: SurgeryPlan) -> dict[str, Any]:
         "teacher": {
             "id": plan.teacher_id,
             "commit": plan.teacher_commit,
+            "variant": plan.teacher_variant,
             "family": plan.family,
             **asdict(plan.teacher),
             "weights": None if plan.teacher_weights is None else asdict(plan.teacher_weights),
@@ -162,6 +164,7 @@ def _decode(text: str) -> SurgeryPlan:
         recipe=top.mapping("recipe"),
         teacher_id=teacher.text("id"),
         teacher_commit=teacher.optional_text("commit"),
+        teacher_variant=teacher.optional_text("variant"),
         family=teacher.optional_text("family"),
         teacher_config=teacher.mapping("config"),
         teacher_weights=None if weights is None else _stored_weights(teacher.object("weights")),

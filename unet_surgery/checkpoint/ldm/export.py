@@ -178,12 +178,6 @@ def _prediction_type(source: TeacherFolder) -> str | None:
 
 
 def _check_target(target: Path, root: Path, *, force: bool) -> None:
-    if target.suffix != SUFFIX:
-        raise UsageError(
-            "the output is not a safetensors file",
-            where=str(target) or "--out",
-            expected=f"a name that ends in {SUFFIX}",
-        )
     check_target(target, root, force=force)
     parent = Path(os.path.realpath(target.parent))
     if root.exists() and any(path.samefile(root) for path in (parent, *parent.parents)):

@@ -110,7 +110,8 @@ def open_single_file(
         commit=commit,
         address=address,
         cards=cards,
-        assumed=_assumed(found, taken),
+        assumed=_assumed(found, taken, config),
+        config_where=None if taken is None or found.has_ema else taken.where,
         single=file,
         config_from=None if taken is None or taken.offered else taken.name,
     )
@@ -120,7 +121,16 @@ def _fits(given: GivenConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return shapes_of(build(parse_config(given.config))) == shapes
 
 
-def _assumed(found: SingleFile, taken: GivenConfig | None) -> tuple[str, ...]:
+def _assumed(found: SingleFile, taken: GivenConfig | None, given: GivenConfig | None) -> tuple[str, ...]:
+    lines: tuple[str, ...] = ()
+    if found.has_ema:
+        lines = (
+            "the U-Net is the averaged one (EMA)"
+            if found.is_ema
+            else f"the U-Net is the plain one, not --variant {EMA}",
+        )
     if taken is not None:
-        return (f"the config is that of {taken.name}, which describes the same tensors",)
-    return found.inferred.assumed
+        return (*lines, f"the config is that of {taken.name}, which describes the same tensors")
+    if given is not None:
+        lines += (f"the config of {given.name} is of other tensors, and was not taken",)
+    return lines + found.inferred.assumed
