@@ -280,7 +280,10 @@ CASES = {
     "check": (main_with("check", "{student}", "-t", "{tiny}"), ()),
     "push --dry-run": (main_with("push", "{student}", "org/name", "--dry-run"), ("huggingface_hub",)),
     "controlnet": (main_with("controlnet", "{student}", "-t", "{tiny}", "-o", "out"), ()),
-    "transplant": (main_with("transplant", "{lora}", "--plan", "{student}", "-o", "out"), ("numpy", "huggingface_hub")),
+    "transplant": (
+        main_with("transplant", "{lora}", "--plan", "{student}", "-o", "out.safetensors"),
+        ("numpy", "huggingface_hub"),
+    ),
 }
 
 

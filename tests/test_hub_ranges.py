@@ -589,3 +589,53 @@ def test_a_redirect_to_anything_but_http(location, tmp_path, monkeypatch) -> Non
     other = reader._redirected(_Address("https://hub/x", own=True), "https://cdn/x?sig=1", ("https", "hub"))
     assert (other.url, other.own) == ("https://cdn/x?sig=1", False)
     assert reader._redirected(_Address("https://hub/x", own=True), "/y", ("https", "hub")).own
+
+
+def test_a_mirror_that_sends_us_to_the_hub(hub, teacher, monkeypatch) -> None:
+    """And the Hub to its store: the token goes to neither, being the mirror's."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from unet_surgery.hub.transport import RangeReader
+
+    seen = []
+
+    class Mirror(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(302)
+            self.send_header("Location", hub.endpoint + self.path)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    mirror = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    thread = threading.Thread(target=mirror.serve_forever, args=(0.02,))
+    thread.start()
+    template = f"http://127.0.0.1:{mirror.server_address[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", READER)
+    found = bytearray()
+    try:
+        with hub.serve():
+            size = (teacher / WEIGHTS).stat().st_size
+            commit = hub.repositories[NAME].history()[0].oid
+            reader = RangeReader(NAME, WEIGHTS, commit, size, threading.Event())
+            reader.read(1000, 300_000, lambda _offset, data: found.extend(data))
+    finally:
+        mirror.shutdown()
+        thread.join()
+        mirror.server_close()
+    assert bytes(found) == (teacher / WEIGHTS).read_bytes()[1000:300_000]
+    assert seen == [f"Bearer {READER}"]
+    assert {record.authorization for record in hub.requests} == {None}
+
+
+@pytest.mark.parametrize("etag", ['"é"', '"\u4e2d"', '"a\x01b"'], ids=ascii)
+def test_an_etag_that_cannot_be_sent_back_is_none(etag: str) -> None:
+    from unet_surgery.hub.transport import _plain
+
+    assert _plain(etag) is None
+    assert _plain('"plain"') == '"plain"'

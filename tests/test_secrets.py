@@ -79,7 +79,7 @@ def test_a_hub_that_repeats_the_token_is_not_quoted(tmp_path: Path, environment:
     hub = HubStandIn(repeats_tokens=True)
     hub.faults.append(Fault("status", times=ALWAYS, parameter=status))
     with hub.serve() as endpoint:
-        environment |= client_env(endpoint, tmp_path / "home")
+        environment |= {**client_env(endpoint, tmp_path / "home"), "UNET_SURGERY_PATIENCE": "1"}
         for debug in ([], ["--debug"]):
             words = [*debug, "prune", "-r", "bk_tiny", "-t", "me/private", "-o", "out"]
             done = subprocess.run(
@@ -116,7 +116,7 @@ def test_a_push_to_a_hub_that_repeats_the_token(
     if step is not None:
         hub.faults.append(Fault("status", step, times=ALWAYS, parameter=400))
     with hub.serve() as endpoint:
-        environment |= client_env(endpoint, tmp_path / "home")
+        environment |= {**client_env(endpoint, tmp_path / "home"), "UNET_SURGERY_PATIENCE": "1"}
         words = [*debug.split(), "push", str(student), "me/model", "--json"]
         done = subprocess.run(
             [sys.executable, "-m", "unet_surgery", *words],

@@ -22,7 +22,7 @@ import unet_surgery
 from unet_surgery import Recipe
 from unet_surgery.api import TransplantResult, transplant
 from unet_surgery.checkpoint.check import planned_graphs, read_plan
-from unet_surgery.errors import OutputError, SurgeryError, TeacherError, VerificationError
+from unet_surgery.errors import OutputError, SurgeryError, TeacherError, UsageError, VerificationError
 from unet_surgery.lower import module_moves
 
 Tensors = dict[str, torch.Tensor]
@@ -554,9 +554,10 @@ def test_a_pattern_that_cannot_be_renamed(
         ("a.safetensors", ".", "out", VerificationError, "no readable plan.json"),
         ("a.safetensors", "good", "a.safetensors", OutputError, "the output is the input"),
         ("a.safetensors", "good", "no/out", OutputError, "does not exist"),
-        ("text", "good", "out", TeacherError, "too short"),
+        ("text", "good", "out.safetensors", TeacherError, "too short"),
+        ("a.safetensors", "good", "out.bin", UsageError, "not a safetensors file"),
     ],
-    ids=["no file", "no LoRA inside", "no plan", "onto itself", "no folder", "no safetensors"],
+    ids=["no file", "no LoRA inside", "no plan", "onto itself", "no folder", "no safetensors", "another suffix"],
 )
 def test_wrong_arguments(
     lora: str, student: str, out: str, error: type[SurgeryError], message: str, teacher: UNet2DConditionModel,

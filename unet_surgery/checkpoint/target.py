@@ -27,10 +27,6 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
     """
     if not str(target).strip() or target.name in ("", ".", ".."):
         raise OutputError("the output is no file's name", where=str(target) or "--out", hint="choose another --out")
-    if target.suffix != SUFFIX:
-        raise UsageError(
-            "the output is not a safetensors file", where=str(target), expected=f"a name that ends in {SUFFIX}"
-        )
     if target.exists() and target.samefile(source):
         raise OutputError("the output is the input", where=str(target), hint="choose another --out")
     if os.path.lexists(target) and not (force and target.is_file()):
@@ -41,6 +37,10 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
             "the folder that should hold the output does not exist",
             where=str(target.parent),
             hint=f"mkdir -p {target.parent}",
+        )
+    if target.suffix != SUFFIX:
+        raise UsageError(
+            "the output is not a safetensors file", where=str(target), expected=f"a name that ends in {SUFFIX}"
         )
 
 
