@@ -29,8 +29,8 @@ def to_svg(scene: Scene) -> str:
     document = "\n".join(
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {size}" {sides}>',
-            f"<title>{_text(scene.title)}</title>",
-            f"<desc>{_text(scene.words)}</desc>",
+            f"<title>{_escaped(scene.title)}</title>",
+            f"<desc>{_escaped(scene.words)}</desc>",
             f"<style>\n{stylesheet()}</style>",
             f'<rect class="page" {_sides(page)} rx="{_number(PAGE_RADIUS)}"/>',
             *(_card(card) for card in scene.cards),
@@ -55,7 +55,7 @@ def _stage_of(path: str) -> str:
 def _card(card: Card) -> str:
     shape = f'<rect class="card {card.fate}" {_sides(card.rect)} rx="{_number(CARD_RADIUS)}"/>'
     labels = "".join(map(_text, card.labels))
-    return f"<g data-part={_attribute(card.name)}>{shape}{labels}</g>"
+    return f"<g data-part={_quoted(card.name)}>{shape}{labels}</g>"
 
 
 def _box(box: Box, *, alone: bool) -> str:
@@ -66,8 +66,8 @@ def _box(box: Box, *, alone: bool) -> str:
     if not box.path:
         return shape
     on_page = ' class="gone"' if alone or box.shape in ("down", "up") else ""
-    title = f"<title>{_text(box.tooltip)}</title>"
-    return f'<g{on_page} data-path={_attribute(box.path)} data-fate="{box.fate}">{title}{shape}{inside}</g>'
+    title = f"<title>{_escaped(box.tooltip)}</title>"
+    return f'<g{on_page} data-path={_quoted(box.path)} data-fate="{box.fate}">{title}{shape}{inside}</g>'
 
 
 def _outline(box: Box, classes: str) -> str:
@@ -102,7 +102,7 @@ def _cells(box: Box) -> Iterator[str]:
 def _line(line: Line) -> str:
     kind = "flow" if line.kind == "flow" else f"skip {line.kind}"
     start = line.points[0]
-    ends = f" data-from={_attribute(line.source)} data-to={_attribute(line.target)}" if line.target else ""
+    ends = f" data-from={_quoted(line.source)} data-to={_quoted(line.target)}" if line.target else ""
     path = f'<path class="{kind}"{ends} d="{_course(line.points)}"/>'
     if line.kind == "flow":
         return path + _head(line.points[-2], line.points[-1])
@@ -148,7 +148,7 @@ def _text(text: Text) -> str:
     classes = f"{role} bold" if text.bold else role
     anchor = "" if text.anchor == "start" else f' text-anchor="{text.anchor}"'
     place = f'x="{_number(text.x)}" y="{_number(text.y)}" font-size="{_number(text.size)}"'
-    return f'<text class="{classes}" {place}{anchor}>{_text(text.content)}</text>'
+    return f'<text class="{classes}" {place}{anchor}>{_escaped(text.content)}</text>'
 
 
 def _sides(rect: Rect) -> str:
@@ -165,10 +165,10 @@ def _number(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _text(content: str) -> str:
+def _escaped(content: str) -> str:
     return html.escape(content, quote=False)
 
 
-def _attribute(value: str) -> str:
+def _quoted(value: str) -> str:
     """Return an attribute's value in its quotes. (xml.sax.saxutils does the same, and imports an HTTP client.)"""
     return f'"{html.escape(value)}"'
