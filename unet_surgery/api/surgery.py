@@ -12,7 +12,7 @@ from pathlib import Path
 
 from unet_surgery.checkpoint.bundled import FAMILY_TEACHERS, bundled_folder
 from unet_surgery.checkpoint.check import CheckReport, check_student, read_plan, unet_folder
-from unet_surgery.checkpoint.disk import Progress, replace_file
+from unet_surgery.checkpoint.disk import Progress, counting, replace_file
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.checkpoint.match import check_dtypes, check_shapes
 from unet_surgery.checkpoint.part_files import Made, part_files
@@ -403,13 +403,7 @@ def _fetch_kept(
         return found.transfer
     with teacher.open_weights() as weights:
         wanted = _kept(teacher, weights, plan)
-    total, done = found.remote.missing(wanted), 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
+    on_bytes = counting(progress, found.remote.missing(wanted))
     before = 0 if found.transfer is None else found.transfer.file_bytes
     return Transfer(before, found.remote.fetch(wanted, on_bytes), found.remote.num_bytes, by_range=True)
 

@@ -68,13 +68,7 @@ def make_bundled(name: str, target: Path, progress: disk.Progress) -> None:
                 found=f"{free / 1e9:.2f} GB free",
                 hint="set UNET_SURGERY_CACHE to a folder on another disk",
             )
-        done = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
+        on_bytes = disk.counting(progress, total)
         disk.write_file(staging.folder / CARD, (_root() / CARD).read_bytes())
         for path in sorted(p for p in source.rglob("*") if p.name != SHAPES):
             copy = staging.folder / path.relative_to(source)

@@ -241,13 +241,7 @@ def _fresh(name: str, shape: tuple[int, ...], fan_in: int, seed: int, dtype: str
 
 
 def _write_weights(path: Path, tensors: list[OutTensor], total: int, progress: disk.Progress) -> None:
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
+    on_bytes = disk.counting(progress, total)
     fd = disk.create(path)
     try:
         write_tensors(fd, tensors, on_bytes)

@@ -20,6 +20,7 @@ __all__ = [
     "Progress",
     "copy_file",
     "copy_range",
+    "counting",
     "create",
     "exchange",
     "free_bytes",
@@ -69,6 +70,17 @@ OnBytes = Callable[[int], None]
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+
+
+def counting(progress: Progress, total: int, done: int = 0) -> OnBytes:
+    """Return a callback that adds up the bytes it is told of, and passes them on with the ``total``."""
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return on_bytes
 
 
 def _ignore(_: int) -> None:

@@ -22,7 +22,7 @@ from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.tensorfile import METADATA, OutTensor, write_tensors
 from unet_surgery.errors import OutputError, TeacherError, first_few
 
-__all__ = ["Made", "PartFile", "PartFiles", "ended", "part_files", "same_file", "size_of", "write_part_file"]
+__all__ = ["Made", "PartFile", "PartFiles", "part_files", "same_file", "size_of", "write_part_file"]
 
 CHUNK_BYTES = 4 << 20
 TEXT_ENCODER_BASE = "model"
@@ -163,7 +163,7 @@ def write_part_file(file: PartFile, target: Path, *, link: bool, on_bytes: disk.
                 disk.copy_range(source.fileno(), file.offset, length, fd, on_bytes)
         disk.fsync(fd)
     except EOFError:
-        raise ended(str(getattr(file, "source", target))) from None
+        raise _ended(str(getattr(file, "source", target))) from None
     finally:
         os.close(fd)
 
@@ -185,14 +185,13 @@ def _copy(source: Path, target: Path, on_bytes: disk.OnBytes) -> None:
     try:
         disk.copy_file(source, target, on_bytes)
     except EOFError:
-        raise ended(str(source)) from None
+        raise _ended(str(source)) from None
     after = source.stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise TeacherError("the teacher changed while it was read", where=str(source), hint="run again")
 
 
-def ended(where: str) -> TeacherError:
-    """Return the error for a file that got shorter meanwhile."""
+def _ended(where: str) -> TeacherError:
     return TeacherError("a file of the teacher ended while it was read", where=where, hint="run again")
 
 

@@ -92,13 +92,7 @@ def write_student(
     _check_apart(out, teacher)
     with Staging(out, replace=_check_replaceable if options.force else None) as staging:
         check_space(staging.folder.parent, total + sum(map(len, texts.values())))
-        done = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
+        on_bytes = disk.counting(progress, total)
         root = staging.folder
         unet = root / "unet" if pipeline else root
         if pipeline:

@@ -161,7 +161,6 @@ def open_teacher(
     path: Path,
     *,
     variant: str | None = None,
-    exact: bool = False,
     config_only: bool = False,
     teacher_id: str | None = None,
     max_header_bytes: int = MAX_HEADER_BYTES,
@@ -171,8 +170,7 @@ def open_teacher(
 ) -> TeacherFolder:
     """Describe the teacher at ``path``: a pipeline folder, a U-Net folder, or a folder with a U-Net in ``unet/``.
 
-    ``exact`` takes no other weights than those of ``variant`` (of a Hub cache, which may hold any of them), and none
-    where these are not there. ``config_only`` does not look for weights. ``max_header_bytes`` bounds each header.
+    ``config_only`` does not look for weights. ``max_header_bytes`` bounds each header.
     ``weights`` are taken instead of those in the folder.
 
     Raises:
@@ -196,7 +194,7 @@ def open_teacher(
         del config["_name_or_path"]
         name = None
     if weights is None and not config_only:
-        weights = _local_weights(unet, variant, exact=exact)
+        weights = _local_weights(unet, variant)
     return TeacherFolder(
         root=path,
         unet=unet,
@@ -212,16 +210,11 @@ def open_teacher(
     )
 
 
-def _local_weights(unet: Path, variant: str | None, *, exact: bool) -> LocalWeights | None:
+def _local_weights(unet: Path, variant: str | None) -> LocalWeights | None:
     names = [path.name for path in unet.iterdir()]
     if not any(".safetensors" in name for name in names):
         return None
-    try:
-        choice = choose_weights(names, variant, where=str(unet), exact=exact)
-    except TeacherError:
-        if not exact:
-            raise
-        return None
+    choice = choose_weights(names, variant, where=str(unet))
     if choice.variant != variant:
         log.info("the only weights there are of variant %s: taking these", choice.variant)
     return LocalWeights(unet, choice)

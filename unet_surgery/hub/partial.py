@@ -2,8 +2,8 @@
 
 The journal's first line is JSON and says which file it is of (its content's hash and its size); ``etag`` lines say what
 its server calls it, and every other line is ``begin end crc32`` of one part, written once the part is whole. A process
-may be killed at any time: a torn last line
-is no line, and a part whose bytes are not those of its checksum is not there.
+may be killed at any time: a torn last line is no line, and a part whose bytes are not those of its checksum is not
+there.
 """
 
 from __future__ import annotations

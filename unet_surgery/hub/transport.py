@@ -64,7 +64,6 @@ class _Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     chunks: Iterator[bytes]
-    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,11 +278,11 @@ def _request(method: str, address: _Address, headers: Mapping[str, str]) -> Iter
     common = {"headers": sent, "timeout": HF_HUB_DOWNLOAD_TIMEOUT}
     if callable(getattr(session, "stream", None)):
         with session.stream(method, address.url, follow_redirects=False, **common) as response:
-            yield _Answer(response.status_code, response.headers, response.iter_raw(), address.url)
+            yield _Answer(response.status_code, response.headers, response.iter_raw())
     else:
         with session.request(method, address.url, allow_redirects=False, stream=True, **common) as response:
             chunks = response.iter_content(CHUNK_BYTES)
-            yield _Answer(response.status_code, response.headers, chunks, address.url)
+            yield _Answer(response.status_code, response.headers, chunks)
 
 
 def _connection_errors() -> tuple[type[Exception], ...]:

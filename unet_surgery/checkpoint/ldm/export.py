@@ -194,13 +194,9 @@ def _write(
     progress: disk.Progress,
 ) -> int:
     header = encode_header([(t.name, t.dtype, t.shape) for t in tensors], METADATA)
-    total, done = len(header) + sum(tensor.num_bytes for tensor in tensors), len(header)
+    total = len(header) + sum(tensor.num_bytes for tensor in tensors)
     check_space(target.parent, total)
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
+    on_bytes = disk.counting(progress, total, len(header))
 
     def write(fd: int) -> None:
         write_tensors(fd, tensors, on_bytes)
