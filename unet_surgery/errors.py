@@ -2,6 +2,7 @@
 
     SurgeryError                    1   the job failed
     ├── UsageError                  2   an argument has a wrong value
+    ├── RunError                    2   a run file is wrong, or does not continue the run it is used on
     ├── RecipeError                 2   a recipe file or name is wrong
     │   ├── SelectorError           2   a selector has a bad form, or names nothing in this teacher
     │   ├── FamilyError             2   the recipe is not for this kind of U-Net
@@ -10,6 +11,8 @@
     │   ├── ConfigError             3   a key of config.json is missing, wrong or not modelled
     │   ├── ContainerError          3   a safetensors file is damaged or something else
     │   └── WeightsMismatchError    3   tensors contradict config.json
+    ├── DataError                   3   training data cannot be used
+    ├── TrainingError               1   a training run cannot go on
     ├── OutputError                 4   the output cannot be written
     │   └── OutputBusyError         4   another process is writing the output
     ├── HubError                    5   the Hugging Face Hub cannot be reached or refuses
@@ -31,6 +34,7 @@ from typing import Self
 __all__ = [
     "ConfigError",
     "ContainerError",
+    "DataError",
     "FamilyError",
     "HubError",
     "InexpressibleError",
@@ -38,9 +42,11 @@ __all__ = [
     "OutputBusyError",
     "OutputError",
     "RecipeError",
+    "RunError",
     "SelectorError",
     "SurgeryError",
     "TeacherError",
+    "TrainingError",
     "UsageError",
     "VerificationError",
     "WeightsMismatchError",
@@ -128,6 +134,16 @@ class UsageError(SurgeryError):
     exit_code = 2
 
 
+class RunError(SurgeryError):
+    """A run file cannot be read, says something that makes no sense, or does not continue the run it is used on.
+
+    ``path`` leads to the wrong value in the file's data, such as ``("objectives", "feature_kd", "weight")``.
+    """
+
+    exit_code = 2
+    path: tuple[str | int, ...] = ()
+
+
 class RecipeError(SurgeryError):
     """A recipe file cannot be read, or says something that makes no sense.
 
@@ -173,6 +189,16 @@ class ContainerError(TeacherError):
 
 class WeightsMismatchError(TeacherError):
     """The tensors of the weights contradict config.json."""
+
+
+class DataError(SurgeryError):
+    """Training data cannot be used: it is missing, broken beyond the stated share, or made for other models."""
+
+    exit_code = 3
+
+
+class TrainingError(SurgeryError):
+    """A training run cannot go on: its losses are not finite, its memory is spent, or its state is lost."""
 
 
 class OutputError(SurgeryError):

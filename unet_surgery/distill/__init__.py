@@ -1,0 +1,1 @@
+"""Training a student to do what its teacher does."""
