@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from unet_surgery.errors import RecipeError, printable
+from unet_surgery.errors import RecipeError, SurgeryError, printable
 
-__all__ = ["MAX_BYTES", "LocatedData", "Path", "parse_yaml"]
+__all__ = ["MAX_BYTES", "Kind", "LocatedData", "Path", "parse_yaml"]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -35,6 +35,18 @@ _SCALARS: Mapping[str, Callable[[str], Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What errors call a file: its name, a few of its keys, and the error that is raised."""
+
+    name: str
+    keys: str
+    error: type[SurgeryError]
+
+
+RECIPE = Kind("recipe", "name: and remove:", RecipeError)
+
+
+@dataclass(frozen=True, slots=True)
 class LocatedData:
     """The data of a YAML file and where each of its values stands."""
 
@@ -50,21 +62,21 @@ class LocatedData:
         return f"{self.file}:{line}:{column}"
 
 
-def parse_yaml(text: str, file: str) -> LocatedData:
+def parse_yaml(text: str, file: str, kind: Kind = RECIPE) -> LocatedData:
     """Parse ``text``, one YAML mapping; ``file`` is the name errors use.
 
     Raises:
-        RecipeError: not YAML, not a mapping, or YAML that is more than data; with line and column.
+        SurgeryError: (of this kind) not YAML, not a mapping, or YAML that is more than data; with line and column.
     """
     if len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
-        raise RecipeError("the recipe file is too large", where=file, expected="at most 1 MiB")
+        raise kind.error(f"the {kind.name} file is too large", where=file, expected="at most 1 MiB")
     try:
-        _refuse_more_than_data(text, file)
+        _refuse_more_than_data(text, file, kind)
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            "the recipe is not valid YAML",
+        raise kind.error(
+            f"the {kind.name} is not valid YAML",
             where=f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file,
             found=printable(error.problem or "unreadable"),
             hint=None
@@ -73,76 +85,86 @@ def parse_yaml(text: str, file: str) -> LocatedData:
         ) from error
     except yaml.YAMLError as error:
         found = printable(str(error).partition("\n")[0])
-        raise RecipeError("the recipe is not valid YAML", where=file, found=found) from error
+        raise kind.error(f"the {kind.name} is not valid YAML", where=file, found=found) from error
     marks: dict[Path, tuple[int, int]] = {}
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError("the recipe is not a mapping", where=f"{file}:1:1", expected="keys such as name: and remove:")
-    return LocatedData(_construct(node, (), marks, file), file, marks)
+        raise kind.error(f"the {kind.name} is not a mapping", where=f"{file}:1:1", expected=f"keys such as {kind.keys}")
+    return LocatedData(_Construction(file, kind, marks).mapping(node, ()), file, marks)
 
 
-def _refuse_more_than_data(text: str, file: str) -> None:
+def _refuse_more_than_data(text: str, file: str, kind: Kind) -> None:
     depth = documents = 0
     for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         mark = event.start_mark
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
-        _refuse_event(event, where)
+        _refuse_event(event, where, kind)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         documents += isinstance(event, yaml.DocumentStartEvent)
         if depth > MAX_DEPTH:
-            raise RecipeError("the recipe is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels")
+            raise kind.error(
+                f"the {kind.name} is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels"
+            )
         if documents > 1:
-            raise RecipeError("the recipe holds a second YAML document", where=where, expected="one recipe a file")
+            raise kind.error(
+                f"the {kind.name} holds a second YAML document", where=where, expected=f"one {kind.name} a file"
+            )
         if number > MAX_EVENTS:
-            raise RecipeError("the recipe has too many values", where=where, expected=f"at most {MAX_EVENTS // 2}")
+            raise kind.error(f"the {kind.name} has too many values", where=where, expected=f"at most {MAX_EVENTS // 2}")
 
 
-def _refuse_event(event: yaml.Event, where: str) -> None:
+def _refuse_event(event: yaml.Event, where: str, kind: Kind) -> None:
     if isinstance(event, yaml.AliasEvent):
-        raise RecipeError(
-            "YAML aliases are not allowed in a recipe",
+        raise kind.error(
+            f"YAML aliases are not allowed in a {kind.name}",
             where=where,
             found=f"*{printable(event.anchor)}",
             hint=f'quote it if it is a selector: "*{printable(event.anchor)}"',
         )
-    for kind, mark_of in (("anchors", "anchor"), ("tags", "tag")):
+    for what, mark_of in (("anchors", "anchor"), ("tags", "tag")):
         found = getattr(event, mark_of, None)
         if found is not None:
-            raise RecipeError(f"YAML {kind} are not allowed in a recipe", where=where, found=printable(found))
+            raise kind.error(f"YAML {what} are not allowed in a {kind.name}", where=where, found=printable(found))
 
 
-def _construct(node: yaml.Node, path: Path, marks: dict[Path, tuple[int, int]], file: str) -> Any:
-    marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*path, i), marks, file) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        return _construct_mapping(node, path, marks, file)
-    make = _SCALARS.get(node.tag)
-    try:
-        if make is None:
-            raise ValueError
-        return make(node.value)
-    except ValueError:
-        raise RecipeError(
-            "a value that is not text, a number, true, false or null",
-            where=f"{file}:{marks[path][0]}:{marks[path][1]}",
-            found=printable(node.value),
-            hint=f'quote it: "{printable(node.value)}"',
-        ) from None
+@dataclass(frozen=True, slots=True)
+class _Construction:
+    """Nodes become data, and leave word of where they stood."""
 
+    file: str
+    kind: Kind
+    marks: dict[Path, tuple[int, int]]
 
-def _construct_mapping(
-    node: yaml.MappingNode, path: Path, marks: dict[Path, tuple[int, int]], file: str
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"{file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            raise RecipeError("YAML merge keys are not allowed in a recipe", where=where, found="<<")
-        if key_node.tag != "tag:yaml.org,2002:str":
-            raise RecipeError("a key that is not text", where=where, found=printable(str(key_node.value)))
-        key = key_node.value
-        if key in result:
-            raise RecipeError(f"the key {printable(key)!r} stands twice", where=where, hint="keep one of them")
-        result[key] = _construct(value_node, (*path, key), marks, file)
-        marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-    return result
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        self.marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path)
+        make = _SCALARS.get(node.tag)
+        try:
+            if make is None:
+                raise ValueError
+            return make(node.value)
+        except ValueError:
+            raise self.kind.error(
+                "a value that is not text, a number, true, false or null",
+                where=f"{self.file}:{self.marks[path][0]}:{self.marks[path][1]}",
+                found=printable(node.value),
+                hint=f'quote it: "{printable(node.value)}"',
+            ) from None
+
+    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        self.marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            where = f"{self.file}:{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}"
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise self.kind.error(f"YAML merge keys are not allowed in a {self.kind.name}", where=where, found="<<")
+            if key_node.tag != "tag:yaml.org,2002:str":
+                raise self.kind.error("a key that is not text", where=where, found=printable(str(key_node.value)))
+            key = key_node.value
+            if key in result:
+                raise self.kind.error(f"the key {printable(key)!r} stands twice", where=where, hint="keep one of them")
+            result[key] = self.value(value_node, (*path, key))
+            self.marks[(*path, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+        return result
