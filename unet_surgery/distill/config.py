@@ -115,7 +115,7 @@ class DataConfig(_Model):
     cache: Text | None = None
     """A folder that ``unet-surgery cache`` made."""
     images: Text | None = None
-    """An imagefolder with metadata, WebDataset tars (a folder or a pattern), or ``hub:org/name``: encoded as they come."""
+    """An imagefolder with metadata, WebDataset tars (folder or pattern), or ``hub:org/name``: encoded as they come."""
     toy: ToyData | None = None
     resolution: Count = 512
     """Of ``images``: the side to which they are resized and cropped."""
