@@ -50,8 +50,8 @@ class Batch:
     posterior_BCHW: Tensor
     noise_BCHW: Tensor
     offset_BC: Tensor
-    uniforms_B2: Tensor
-    """For the timestep: its place, and the choice between two distributions."""
+    uniforms_B: Tensor
+    """For the timestep."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``, copied without waiting where its memory is pinned."""
@@ -85,7 +85,7 @@ class Batches:
             torch.from_numpy(self.noise.normals("posterior", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("noise", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("offset", start, count, self.latent_shape[:1])),
-            torch.from_numpy(self.noise.uniforms("timestep", start, count, 2).copy()),
+            torch.from_numpy(self.noise.uniforms("timestep", start, count)[:, 0].copy()),
         )
 
 

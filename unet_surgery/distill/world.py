@@ -6,8 +6,9 @@ training is torch's own: DistributedDataParallel, or FSDP2's ``fully_shard``.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,15 @@ class World:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier(group=self.host_group)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do something before the others do."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def any(self, flag: bool) -> bool:
         """Return True in all processes if ``flag`` is true in one."""

@@ -1,0 +1,128 @@
+"""From a batch to the loss: latents, noise, the teacher's opinion, the student's, and the terms between them.
+
+B batch · C latent channels · H, W latent size · T tokens · D text width · K terms · P feature pairs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unet_surgery.data.batches import Batch
+from unet_surgery.distill import objectives
+from unet_surgery.distill.config import Stage
+from unet_surgery.distill.diffusion import NoiseSchedule, draw_timesteps, offset_noise
+from unet_surgery.runtime.parts import Parts
+
+__all__ = ["Compute", "Inputs", "Terms"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What both networks are given, and what the student should say by the data."""
+
+    noisy_BCHW: Tensor
+    timesteps_B: Tensor
+    prompt_embeds_BTD: Tensor
+    target_BCHW: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """A micro-batch's loss. ``values_K`` are its terms, unweighted, detached: task, output_kd, then each pair's."""
+
+    total: Tensor
+    values_K: Tensor
+    power_P: Tensor
+    """The mean square of each of the teacher's activations."""
+
+
+@dataclass(slots=True)
+class Compute:
+    """A stage's loss as a function of a batch."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    parts: Parts
+    schedule: NoiseSchedule
+    stage: Stage
+    latents: str
+    channels_last: bool
+    compare: Callable[..., Terms]
+    """:func:`compare`, perhaps compiled."""
+
+    def __call__(self, batch: Batch, power_P: Tensor) -> Terms:
+        """Return the loss of a micro-batch; ``power_P`` divides the feature terms."""
+        with torch.no_grad():
+            inputs = self.inputs(batch)
+            theirs = None
+            if self.teacher is not None:
+                theirs = self.teacher(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
+        ours = self.student(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
+        weights_B = self._task_weights(inputs.timesteps_B)
+        return self.compare(self.stage, ours, theirs, inputs.target_BCHW, weights_B, power_P)
+
+    def teacher_power(self, batch: Batch) -> Tensor:
+        """Return the mean square of each of the teacher's activations [P]."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            inputs = self.inputs(batch)
+            _, taps = self.teacher(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
+            return objectives.mean_squares(taps)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return noisy latents, timesteps, prompt embeddings and the target; nothing of it is differentiated."""
+        latents_BCHW = self._latents(batch)
+        noise_BCHW = offset_noise(batch.noise_BCHW, batch.offset_BC, self.stage.noise.offset)
+        timesteps_B = draw_timesteps(batch.uniforms_B, self.schedule.num_timesteps, self.stage.noise.timesteps)
+        noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
+        target_BCHW = self.schedule.target(latents_BCHW, noise_BCHW, timesteps_B)
+        dtype = self.parts.text_encoder.dtype
+        noisy_BCHW = noisy_BCHW.to(dtype)
+        if self.channels_last:
+            noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
+        prompt_embeds_BTD = self.parts.text_encoder(batch.token_ids_BT)[0]
+        return Inputs(noisy_BCHW, timesteps_B, prompt_embeds_BTD, target_BCHW)
+
+    def _latents(self, batch: Batch) -> Tensor:
+        """Return a sample of the VAE's posterior, scaled, fp32."""
+        vae = self.parts.vae
+        if self.latents == "pixels":
+            posterior = vae.encode(batch.images.to(vae.dtype)).latent_dist
+            mean_BCHW, std_BCHW = posterior.mean.float(), posterior.std.float()
+        else:
+            mean_BCHW, std_BCHW = batch.images.float().chunk(2, dim=1)
+        scaled: Tensor = (mean_BCHW + std_BCHW * batch.posterior_BCHW) * vae.config.scaling_factor
+        return scaled
+
+    def _task_weights(self, timesteps_B: Tensor) -> Tensor | None:
+        gamma = self.stage.objectives.min_snr
+        if gamma is None:
+            return None
+        return objectives.min_snr_weights(self.schedule.snr(timesteps_B), self.schedule.prediction_type, gamma)
+
+
+def compare(
+    stage: Stage,
+    ours: tuple[Tensor, tuple[Tensor, ...]],
+    theirs: tuple[Tensor, tuple[Tensor, ...]] | None,
+    target_BCHW: Tensor,
+    weights_B: Tensor | None,
+    power_P: Tensor,
+) -> Terms:
+    """Return the terms between (prediction, activations) of student and teacher; a term of weight 0 is not computed."""
+    wanted = stage.objectives
+    none = torch.zeros((), device=target_BCHW.device)
+    task = objectives.task(ours[0], target_BCHW, weights_B)
+    output = objectives.output_kd(ours[0], theirs[0]) if theirs is not None else none
+    total = wanted.task * task + wanted.output_kd * output
+    features_P = power_now_P = torch.zeros_like(power_P)
+    if theirs is not None and ours[1]:
+        features_P = objectives.feature_kd(ours[1], theirs[1])
+        power_now_P = objectives.mean_squares(theirs[1])
+        total = total + wanted.feature_kd.weight * (features_P / power_P).sum()
+    values_K = torch.cat([torch.stack([task, output]), features_P]).detach()
+    return Terms(total, values_K, power_now_P)

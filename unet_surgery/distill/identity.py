@@ -1,0 +1,99 @@
+"""What a run depends on, by content: so that a resume notices when teacher, student or data became others."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from unet_surgery.checkpoint.check import unet_folder
+from unet_surgery.distill.config import RunConfig
+from unet_surgery.errors import RunError, printable
+
+__all__ = ["breaking_changes", "fingerprint", "identity", "refuse_changes"]
+
+NUM_SAMPLES = 64
+SAMPLE_BYTES = 64 << 10
+
+# What may change between two parts of a run: it moves nothing but rounding, time, memory or what is shown.
+FREE = {"output", "micro_batch", "save", "log", "pictures", "trouble"}
+FREE_BELOW = {"speed": {"compile", "channels_last", "checkpointing"}, "data": {"workers", "max_bad"}}
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a digest of a model folder's U-Net: its config, and 64 samples of 64 KiB of each weights file.
+
+    Two finetunes of one architecture have equal headers and sizes; hashing all their gigabytes would cost more than
+    some runs' first hundred steps.
+    """
+    digest = hashlib.sha256()
+    unet = unet_folder(folder)
+    for path in sorted(p for p in unet.iterdir() if p.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= NUM_SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            for i in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def breaking_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of two resolved runs that differ where a resume would be another run: key → (before, after)."""
+    old, new = _flat(_pinned(before)), _flat(_pinned(after))
+    missing = "(absent)"
+    return {
+        key: (old.get(key, missing), new.get(key, missing))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, missing) != new.get(key, missing)
+    }
+
+
+def refuse_changes(before: dict[str, Any], after: dict[str, Any], where: str) -> None:
+    """Refuse to continue a run as another one.
+
+    Raises:
+        RunError: names the keys that differ, with both values.
+    """
+    changes = breaking_changes(before, after)
+    if changes:
+        shown = "; ".join(
+            f"{key}: {printable(old)} → {printable(new)}" for key, (old, new) in list(changes.items())[:6]
+        )
+        raise RunError(
+            f"the run in this folder was begun with other settings ({len(changes)} differ)",
+            where=where,
+            expected="the settings it was begun with",
+            found=shown,
+            hint="undo the change, or choose another output: for a new run",
+        )
+
+
+def _pinned(run: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in run.items() if key not in FREE}
+    for key, names in FREE_BELOW.items():
+        kept[key] = {name: value for name, value in run.get(key, {}).items() if name not in names}
+    stages = [dict(stage) for stage in run.get("stages", ())]
+    if stages and stages[-1].get("optimizer", {}).get("schedule") == "constant":
+        del stages[-1]["steps"]  # a run may be made longer where nothing depends on where it ends
+    return {**kept, "stages": stages}
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, dict):
+        return {k: v for name, value in data.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    if isinstance(data, list) and any(isinstance(item, dict) for item in data):
+        return {k: v for i, item in enumerate(data) for k, v in _flat(item, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): data}
+
+
+def identity(config: RunConfig, student: Path, teachers: tuple[Path | None, ...], data: str) -> dict[str, Any]:
+    """Return what a run depends on beside its run file, as JSON data."""
+    return {
+        "student": fingerprint(student) if config.init == "weights" else "random",
+        "teachers": [None if folder is None else fingerprint(folder) for folder in teachers],
+        "data": data,
+    }

@@ -1,0 +1,136 @@
+"""The networks of a run, loaded and checked: student, teacher, and the parts that make latents and embeddings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unet_surgery.checkpoint.check import read_plan, unet_folder
+from unet_surgery.checkpoint.components import INDEX
+from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.distill.config import RunConfig, Speed
+from unet_surgery.distill.diffusion import NoiseSchedule
+from unet_surgery.distill.weights import DTYPES
+from unet_surgery.errors import RunError, TeacherError, printable
+from unet_surgery.hub import fetch_teacher, resolve_teacher
+from unet_surgery.lower import SurgeryPlan
+from unet_surgery.runtime.load import load_unet
+from unet_surgery.runtime.parts import Parts, load_parts
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+__all__ = ["Folders", "find_folders", "load_base", "load_student", "load_teacher", "read_student_plan", "recompute"]
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where the networks of a run lie on this machine."""
+
+    student: Path
+    base: Path
+    """The pipeline that brings VAE, text encoder, tokenizer and scheduler."""
+    teachers: tuple[Path | None, ...]
+    """One a stage."""
+
+
+def find_folders(config: RunConfig, progress: Progress) -> Folders:
+    """Return the folders of all networks that ``config`` names, fetched where they are on the Hub.
+
+    Raises:
+        SurgeryError: one is not there, or is no diffusers folder.
+        RunError: neither student nor teacher is a whole pipeline, and ``base`` names none.
+    """
+    names = (config.student, config.base, *(stage.teacher for stage in config.stages))
+    found = {name: _folder(name, progress) for name in dict.fromkeys(names) if name is not None}
+    candidates = [config.base] if config.base is not None else [config.student, *(s.teacher for s in config.stages)]
+    base = next((found[name] for name in candidates if name is not None and (found[name] / INDEX).is_file()), None)
+    if base is None:
+        raise RunError(
+            "no pipeline brings a VAE, a text encoder, a tokenizer and a scheduler",
+            where=config.base or config.student,
+            expected=f"a folder with {INDEX}",
+            hint="name one under base:, such as the teacher's pipeline",
+        )
+    return Folders(found[config.student], base, tuple(found[s.teacher] if s.teacher else None for s in config.stages))
+
+
+def _folder(name: str, progress: Progress) -> Path:
+    folder = fetch_teacher(resolve_teacher(name), progress=progress).folder
+    if not folder.is_dir():
+        raise TeacherError(
+            "training needs a diffusers folder",
+            where=printable(name),
+            found="a single file",
+            hint="make one: unet-surgery prune --recipe … writes a folder from it",
+        )
+    return folder
+
+
+def read_student_plan(folder: Path) -> SurgeryPlan | None:
+    """Return the plan of a pruned folder, or None where there is none."""
+    return read_plan(folder) if (folder / PLAN).is_file() else None
+
+
+def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
+    """Return the student in fp32 on the CPU: its weights, or new ones of the run's seed."""
+    from diffusers import UNet2DConditionModel
+
+    if config.init == "random":
+        path = unet_folder(folder) / "config.json"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            unet = UNet2DConditionModel.from_config(json.loads(path.read_text("utf-8")))
+    else:
+        unet = load_unet(folder)
+    if unet.config.addition_embed_type is not None or unet.config.class_embed_type is not None:
+        raise RunError(
+            "this kind of U-Net cannot be trained here yet",
+            where=str(folder),
+            expected="one that is conditioned on a prompt alone, as in SD v1 and v2",
+            found=f"addition_embed_type {unet.config.addition_embed_type}, class_embed_type "
+            f"{unet.config.class_embed_type}",
+        )
+    return unet.float().train()
+
+
+def load_teacher(folder: Path, base: Path, speed: Speed, device: torch.device) -> UNet2DConditionModel:
+    """Return a frozen teacher on ``device`` in the training dtype.
+
+    Raises:
+        RunError: it predicts something else than the noise schedule of ``base`` says: its outputs would teach nonsense.
+    """
+    theirs, ours = folder / SCHEDULER, base / SCHEDULER
+    if theirs.is_file() and ours.is_file():
+        kinds = [json.loads(p.read_text("utf-8")).get("prediction_type", "epsilon") for p in (theirs, ours)]
+        if kinds[0] != kinds[1]:
+            raise RunError(
+                "teacher and student predict different things", where=str(theirs), expected=kinds[1], found=kinds[0]
+            )
+    unet = load_unet(folder).to(device=device, dtype=DTYPES[speed.dtype]).eval().requires_grad_(False)
+    return unet.to(memory_format=torch.channels_last) if speed.channels_last else unet
+
+
+def load_base(folder: Path, speed: Speed, device: torch.device) -> tuple[Parts, NoiseSchedule]:
+    """Return the parts beside the U-Net, and the noise schedule that their scheduler says."""
+    parts = load_parts(folder, device=device, dtype=DTYPES[speed.dtype], vae_dtype=torch.float32)
+    return parts, NoiseSchedule.from_config(parts.scheduler_config).to(device)
+
+
+def recompute(unet: Any, kind: str) -> None:
+    """Set which activations are computed again in the backward instead of kept (Chen et al., arXiv 1604.06174)."""
+    if kind == "none":
+        return
+    unet.enable_gradient_checkpointing()
+    if kind == "high_resolution":
+        finest = {id(m) for part in (unet.down_blocks[0], unet.up_blocks[-1]) for m in part.modules()}
+        for module in unet.modules():
+            if hasattr(module, "gradient_checkpointing") and id(module) not in finest:
+                module.gradient_checkpointing = False
+

@@ -1,0 +1,177 @@
+"""Everything a stage needs, made from its run file: data, networks, pairs, trainer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unet_surgery.data.batches import TrainingSet
+from unet_surgery.distill.compute import Compute, compare
+from unet_surgery.distill.config import RunConfig, Stage
+from unet_surgery.distill.diffusion import NoiseSchedule
+from unet_surgery.distill.networks import (
+    Folders,
+    load_base,
+    load_student,
+    load_teacher,
+    read_student_plan,
+    recompute,
+)
+from unet_surgery.distill.pairs import check_pairs, choose_pairs, tapped
+from unet_surgery.distill.trainer import StageTrainer
+from unet_surgery.distill.weights import DTYPES, TrainedWeights
+from unet_surgery.distill.world import World
+from unet_surgery.errors import RunError
+from unet_surgery.runtime.parts import Parts
+from unet_surgery.runtime.taps import Tapped, tap_name
+
+__all__ = ["Base", "latent_shape", "micro_batches", "open_base", "set_up"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What all stages share: the parts beside the U-Net, the noise schedule, and the data."""
+
+    parts: Parts
+    schedule: NoiseSchedule
+    samples: TrainingSet
+    latent_shape: tuple[int, int, int]
+    """C, H, W."""
+
+
+def open_base(config: RunConfig, folders: Folders, world: World) -> Base:
+    """Load the parts and open the data.
+
+    Raises:
+        DataError: the data is not there, broken, or was made with other parts.
+    """
+    parts, schedule = load_base(folders.base, config.speed, world.device)
+    samples = _open_samples(config, parts)
+    return Base(parts, schedule, samples, latent_shape(samples, parts))
+
+
+def _open_samples(config: RunConfig, parts: Parts) -> TrainingSet:
+    """Return the run's data, whichever kind it is."""
+    data = config.data
+    if data.cache is not None:
+        from unet_surgery.data.latents import LatentCache
+
+        return LatentCache(Path(data.cache), parts)
+    if data.images is not None:
+        from unet_surgery.data.images import PictureSet
+        from unet_surgery.data.sources import open_source
+
+        source = open_source(data.images, caption_column=data.caption_column)
+        return PictureSet(source, parts.tokenizer, data.resolution, max_bad=data.max_bad)
+    from unet_surgery.data.images import encode_all
+    from unet_surgery.data.toy import ToyPictures
+
+    assert data.toy is not None
+    pictures = ToyPictures(parts.tokenizer, data.toy.count, data.toy.seed, objects=data.toy.objects)
+    return encode_all(pictures, parts.vae)
+
+
+def latent_shape(samples: TrainingSet, parts: Parts) -> tuple[int, int, int]:
+    """Return C, H, W of the latents that the samples give or become."""
+    images, _ = samples.batch([0])
+    _, channels, height, width = images.shape
+    if samples.latents == "moments":
+        return channels // 2, height, width
+    shrink = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    return parts.vae.config.latent_channels, height // shrink, width // shrink
+
+
+def micro_batches(config: RunConfig, stage: Stage, world: World) -> tuple[int, int]:
+    """Return how many samples a process takes at once, and how often before a step: their product is its share.
+
+    Raises:
+        RunError: the batch cannot be dealt out evenly.
+    """
+    size = config.micro_batch or stage.batch // world.size
+    if size == 0 or stage.batch % (size * world.size):
+        raise RunError(
+            "the batch cannot be dealt out evenly",
+            where=f"stage {stage.name}",
+            expected="batch = micro_batch × processes × a whole number",
+            found=f"batch {stage.batch}, micro_batch {config.micro_batch}, {world.size} processes",
+            hint=f"micro_batch: {_nearest(stage.batch, size, world.size)}",
+        )
+    return size, stage.batch // (size * world.size)
+
+
+def _nearest(batch: int, size: int, num_processes: int) -> str:
+    share = batch // num_processes
+    fits = [n for n in range(1, share + 1) if share % n == 0 and batch % num_processes == 0]
+    return str(min(fits, key=lambda n: abs(n - size))) if fits else "… and a batch that the processes divide"
+
+
+def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: World) -> StageTrainer:
+    """Make the trainer of a stage: networks on the device, pairs checked by a forward before anything is trained.
+
+    Raises:
+        RunError: features are to be compared, and the student has no plan.
+        VerificationError: a tap cannot be matched.
+    """
+    stage, speed = config.stages[number], config.speed
+    student = load_student(folders.student, config)
+    teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
+    teacher = None if teacher_folder is None else load_teacher(teacher_folder, folders.base, speed, world.device)
+    student = student.to(world.device)
+    if speed.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+    recompute(student, speed.checkpointing)
+    tapped_student, tapped_teacher, pairs = _tapped(stage, folders, student, teacher, base)
+    weights = TrainedWeights(tapped_student, DTYPES[speed.dtype], world)
+    compute = Compute(
+        student=_compiled(weights.run, speed.compile),
+        teacher=None if tapped_teacher is None else _compiled(tapped_teacher, speed.compile),
+        parts=base.parts,
+        schedule=base.schedule,
+        stage=stage,
+        latents=base.samples.latents,
+        channels_last=speed.channels_last,
+        compare=_compiled(compare, speed.compile),
+    )
+    return StageTrainer(
+        world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16"
+    )
+
+
+def _compiled(what: Any, wanted: bool) -> Any:
+    return torch.compile(what, dynamic=False) if wanted else what
+
+
+def _tapped(
+    stage: Stage, folders: Folders, student: nn.Module, teacher: nn.Module | None, base: Base
+) -> tuple[Tapped, Tapped | None, tuple[str, ...]]:
+    """Return both networks with their taps, and the names of the pairs."""
+    if teacher is None:
+        return Tapped(student, ()), None, ()
+    wanted = stage.objectives.feature_kd
+    if wanted.weight == 0:
+        return Tapped(student, ()), Tapped(teacher, ()), ()
+    plan = read_student_plan(folders.student)
+    if plan is None:
+        raise RunError(
+            "features can be compared only with a plan of what was removed",
+            where=str(folders.student),
+            expected="plan.json, as unet-surgery prune writes it",
+            hint="prune the teacher, or give feature_kd the weight 0",
+        )
+    pairs = choose_pairs(wanted.pairs, plan)
+    ours, theirs = tapped(student, teacher, pairs)
+    check_pairs(ours, theirs, pairs, _example(base))
+    return ours, theirs, tuple(f"feature/{tap_name(pair.student)}" for pair in pairs)
+
+
+def _example(base: Base) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs of the shapes that the networks will see."""
+    tokens, width = base.samples.empty_ids().shape[0], base.parts.text_encoder.config.hidden_size
+    return torch.empty(2, *base.latent_shape), torch.zeros(2, dtype=torch.long), torch.empty(2, tokens, width)
