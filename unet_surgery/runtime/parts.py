@@ -159,7 +159,7 @@ def _check_kinds(root: Path) -> None:
 def _quiet() -> Iterator[None]:
     """Silence both libraries' logs and progress bars, and put their settings back: what they find is raised."""
     from diffusers.utils import logging as of_diffusers
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as of_transformers
 
     levels = [(log, log.get_verbosity()) for log in (of_diffusers, of_transformers)]

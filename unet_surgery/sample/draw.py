@@ -213,7 +213,8 @@ def _precision(unet: torch.nn.Module, dtype: torch.dtype | None) -> contextlib.A
         return contextlib.nullcontext()
     if own.dtype != torch.float32:
         raise UsageError("only an fp32 U-Net can be run in another dtype", expected=str(own.dtype), found=str(dtype))
-    return torch.autocast(own.device.type, dtype=dtype)
+    context: contextlib.AbstractContextManager[Any] = torch.autocast(own.device.type, dtype=dtype)
+    return context
 
 
 def _factor(vae: Any) -> int:
