@@ -6,7 +6,7 @@ B batch · C latent channels · H, W latent size · T tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -50,8 +50,8 @@ class Batch:
     posterior_BCHW: Tensor
     noise_BCHW: Tensor
     offset_BC: Tensor
-    uniforms_B: Tensor
-    """For the timestep."""
+    uniforms_B2: Tensor
+    """For the timestep: its place, and which of two distributions it is of."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``, copied without waiting where its memory is pinned."""
@@ -85,13 +85,13 @@ class Batches:
             torch.from_numpy(self.noise.normals("posterior", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("noise", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("offset", start, count, self.latent_shape[:1])),
-            torch.from_numpy(self.noise.uniforms("timestep", start, count)[:, 0].copy()),
+            torch.from_numpy(self.noise.uniforms("timestep", start, count, 2).copy()),
         )
 
 
 def prepared(
-    batches: Batches, starts: Sequence[int], count: int, device: torch.device, *, workers: int = 2
-) -> Iterator[Batch]:
+    batches: Batches, starts: Iterable[int], count: int, device: torch.device, *, workers: int = 2
+) -> Generator[Batch]:
     """Yield the batches at ``starts`` in order, on ``device``, each made ahead of time by one of ``workers`` threads.
 
     Raises what making a batch raises. Close the generator to let go of the threads.

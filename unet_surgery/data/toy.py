@@ -108,7 +108,7 @@ class ToyPictures:
 
     def _keys(self, indices: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
         numbers = np.asarray(indices, dtype=np.int64)
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < self._count):
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < self._count):
             raise IndexError(f"picture {int(numbers.max())} of {self._count}")
         return numbers.astype(np.uint64) ^ np.uint64(self._seed)
 

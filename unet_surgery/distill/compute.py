@@ -77,7 +77,7 @@ class Compute:
         """Return noisy latents, timesteps, prompt embeddings and the target; nothing of it is differentiated."""
         latents_BCHW = self._latents(batch)
         noise_BCHW = offset_noise(batch.noise_BCHW, batch.offset_BC, self.stage.noise.offset)
-        timesteps_B = draw_timesteps(batch.uniforms_B, self.schedule.num_timesteps, self.stage.noise.timesteps)
+        timesteps_B = draw_timesteps(batch.uniforms_B2, self.schedule.num_timesteps, self.stage.noise.timesteps)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
         target_BCHW = self.schedule.target(latents_BCHW, noise_BCHW, timesteps_B)
         dtype = self.parts.text_encoder.dtype

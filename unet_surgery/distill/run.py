@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,11 @@ class _Run:
     clock: _Clock = field(default_factory=_Clock)
     roll_backs: int = 0
 
+    def close(self) -> None:
+        """Close the metrics, whichever are open: a roll-back opens them again."""
+        if self.metrics is not None:
+            self.metrics.close()
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -163,9 +168,10 @@ def _run(
         refuse_changes(before, {**config.model_dump(mode="json"), "identity": known}, str(folder))
         log.warning("going on after step %d of %d", state.step, config.num_steps)
     step = 0 if state is None else state.step
-    metrics = stack.enter_context(Metrics(folder, step=step)) if world.is_main else None
+    metrics = Metrics(folder, step=step) if world.is_main else None
     stop = stack.enter_context(_Stop())
     run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known)
+    stack.callback(run.close)
     place = _Place(0, 0, 0)
     for number, stage in enumerate(config.stages):
         if state is None or state.step < place.first_step + stage.steps:
@@ -204,7 +210,8 @@ def _stage(run: _Run, place: _Place, state: TrainingState | None) -> TrainingSta
             step = 0 if state is None else state.step
             log.warning("back to step %d, and on with other noise (roll-back %d)", step, run.roll_backs)
             if run.metrics is not None:
-                run.metrics.go_back(step)
+                run.metrics.close()
+                run.metrics = Metrics(run.folder, step=step)
 
 
 def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> TrainingState:
@@ -229,7 +236,7 @@ def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> Traini
     raise AssertionError("a stage has at least one step")
 
 
-def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Iterator[Batch]:
+def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Generator[Batch]:
     """Return this process's micro-batches of a stage, from the step that follows ``done`` finished ones."""
     stage, world, seed = run.config.stages[place.number], run.world, run.config.seed
     batches = Batches(
@@ -253,9 +260,10 @@ def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
     rate = run.clock.images_per_second()
     if run.metrics is not None:
         terms = measured.terms
-        values = {
+        images = place.first_sample + number * stage.batch
+        values: dict[str, float | str] = {
             "stage": stage.name,
-            "images": place.first_sample + number * stage.batch,
+            "images": images,
             "loss": measured.loss,
             **terms,
             "grad_norm": measured.grad_norm,
@@ -264,7 +272,7 @@ def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
             "images_per_second": rate,
         }
         run.metrics.append(step, values)
-        left = sum(s.steps * s.batch for s in run.config.stages) - values["images"]
+        left = sum(s.steps * s.batch for s in run.config.stages) - images
         run.on_progress(Progress(step, run.config.num_steps, rate, left / rate, measured.loss, None))
     if measured.most_bad_in_a_row > run.config.trouble.max_in_a_row:
         if run.roll_backs >= run.config.trouble.max_roll_backs:

@@ -139,9 +139,7 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
         channels_last=speed.channels_last,
         compare=_compiled(compare, speed.compile),
     )
-    return StageTrainer(
-        world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16"
-    )
+    return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16")
 
 
 def _compiled(what: Any, wanted: bool) -> Any:
