@@ -6,38 +6,18 @@ B batch · C latent channels · H, W latent size · T tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
+from unet_surgery.data.sets import TrainingSet
 
-__all__ = ["Batch", "Batches", "TrainingSet", "prepared"]
-
-
-class TrainingSet(Protocol):
-    """Samples by index: pictures or their latents, and the token ids of their captions."""
-
-    latents: Literal["moments", "pixels"]
-    """What ``batch`` gives: the VAE's posterior [n, 2C, h, w], means then deviations, unscaled; or pixels [n, 3, H, W]
-    from -1 to 1, which are still to be encoded."""
-    fingerprint: str
-    """Changes when what ``batch`` gives for an index does."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return images as said above and token ids [n, T]; called from several threads."""
-        ...
-
-    def empty_ids(self) -> Tensor:
-        """Return the token ids [T] of an empty caption."""
-        ...
+__all__ = ["Batch", "Batches", "prepared"]
 
 
 @dataclass(frozen=True, slots=True)

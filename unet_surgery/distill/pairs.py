@@ -122,7 +122,8 @@ def _width(config: Mapping[str, Any], module: str) -> int:
 
 
 def _shapes(network: Tapped, inputs: Sequence[Any]) -> list[tuple[int, ...]]:
-    state = {name: torch.empty_like(t, device="meta") for name, t in network.state_dict(keep_vars=True).items()}
+    held = network.state_dict(keep_vars=True)
+    state = {name: torch.empty_like(t, device="meta", dtype=torch.float32) for name, t in held.items()}
     with torch.no_grad():
         _, activations = torch.func.functional_call(network, state, tuple(_on_meta(value) for value in inputs))
     return [tuple(activation.shape) for activation in activations]
