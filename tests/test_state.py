@@ -390,7 +390,7 @@ def test_a_fault_at_every_call(scenarios: list[str]) -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_fault_at_every_call(scenario: str) -> None:
     points = sweep(scenario, "--all")
-    assert len(points) == sum(len(FAULTS[kind]) for kind in dict((p["call"], p["kind"]) for p in points).values()) > 300
+    assert len(points) == sum(len(FAULTS[kind]) for kind in {p["call"]: p["kind"] for p in points}.values()) > 300
     check_sweep(points, [scenario])
 
 
