@@ -6,12 +6,13 @@ Text is never smaller than on the page around it: a chart keeps its own height a
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, log10
 
-__all__ = ["NUM_TONES", "Curve", "curves_svg"]
+from unet_surgery.sample.markup import markup
+
+__all__ = ["NUM_TONES", "Curve", "curves_svg", "tone_class"]
 
 WIDTH, HEIGHT = 640.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 12.0, 36.0
@@ -22,11 +23,20 @@ NUM_TICKS = 5
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A named line: ``values`` at ``steps``; values that are not finite (and, on a log axis, not positive) are gaps."""
+    """A named line: ``values`` at ``steps``; values that are not finite (and, on a log axis, not positive) are gaps.
+
+    ``tone`` is its colour, 0 … 3, as bars have theirs by their place; None: by the curve's place too.
+    """
 
     name: str
     steps: Sequence[float]
     values: Sequence[float]
+    tone: int | None = None
+
+
+def tone_class(curve: Curve, place: int) -> str:
+    """Return the class that gives ``curve``, the ``place``-th, its colour and dashes."""
+    return f"tone-{(place if curve.tone is None else curve.tone) % NUM_TONES}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +56,34 @@ class _Axes:
 
 
 def curves_svg(curves: Sequence[Curve], *, title: str, x_label: str, log: bool) -> str:
-    """Return ``curves`` in one frame; the k-th has class ``tone-k``, and a dash pattern of its own by that class."""
+    """Return ``curves`` in one frame; each tone has a dash pattern too."""
     points = [_points(curve, log=log) for curve in curves]
     flat = [point for line in points for segment in line for point in segment]
     if not flat:
         return '<p class="note">no values</p>'
-    x_ticks = _ticks(min(x for x, _ in flat), max(x for x, _ in flat))
+    first, last = min(x for x, _ in flat), max(x for x, _ in flat)
     low, high = min(y for _, y in flat), max(y for _, y in flat)
     y_ticks = _log_ticks(low, high) if log else _ticks(low, high)
     axes = _Axes(
-        (min(x for x, _ in flat), max(max(x for x, _ in flat), min(x for x, _ in flat) + 1e-9)),
+        (first, last if last > first else first + 1),
         (log10(y_ticks[0]), log10(y_ticks[-1])) if log else (y_ticks[0], y_ticks[-1]),
         log,
     )
-    parts = [f'<svg class="chart" role="img" viewBox="0 0 {WIDTH:g} {HEIGHT:g}"><title>{html.escape(title)}</title>']
+    parts = [f'<svg class="chart" role="img" viewBox="0 0 {WIDTH:g} {HEIGHT:g}"><title>{markup(title)}</title>']
     for tick in y_ticks:
         y = axes.y(tick)
         parts.append(f'<path class="rule" d="M{LEFT:g},{y:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in x_ticks:
+    for tick in _ticks(first, last):
         if axes.x_range[0] <= tick <= axes.x_range[1]:
             x, y = axes.x(tick), HEIGHT - BOTTOM + 18
             parts.append(f'<text x="{x:.1f}" y="{y:g}" text-anchor="middle">{_label(tick)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT:g}" y="{HEIGHT - 3:g}" text-anchor="end">{html.escape(x_label)}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT:g}" y="{HEIGHT - 3:g}" text-anchor="end">{markup(x_label)}</text>')
     for k, line in enumerate(points):
         course = "".join(
             "M" + " L".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in segment) for segment in line if segment
         )
-        parts.append(f'<path class="curve tone-{k % NUM_TONES}" d="{course}"/>')
+        parts.append(f'<path class="curve {tone_class(curves[k], k)}" d="{course}"/>')
     return "".join([*parts, "</svg>"])
 
 

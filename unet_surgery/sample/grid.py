@@ -1,4 +1,4 @@
-"""Pictures side by side, a column a model and a row a prompt, with words: one PNG, the same bytes for the same input."""
+"""Pictures side by side, a column a model and a row a prompt: one PNG, the same bytes for the same input."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def grid(columns: Mapping[str, Pictures], prompts: Sequence[str], *, zoom: int |
         raise UsageError("zoom must be 1 or more", found=str(zoom))
     font = _font()
     tall, wide = height * zoom, width * zoom
-    captions = [_wrapped(prompt, font, CAPTION_WIDTH, max(1, min(MAX_LINES, tall // LINE))) for prompt in prompts]
+    captions = [
+        _wrapped(prompt if prompt.strip() else "(no words)", font, CAPTION_WIDTH, max(1, min(MAX_LINES, tall // LINE)))
+        for prompt in prompts
+    ]
     titles = [_wrapped(title, font, wide, 2) for title in columns]
     left = MARGIN + CAPTION_WIDTH + TEXT_GAP
     top = MARGIN + LINE * max(map(len, titles)) + GAP // 2
@@ -92,7 +95,7 @@ def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float, max_lines: int) -> list[str]:
     """Break ``text`` into lines of ``width`` pixels at spaces, or within a word that is wider; … for what is cut."""
     lines = [""]
-    for word in _plain(text).split() or ["(no words)"]:
+    for word in _plain(text).split():
         longer = f"{lines[-1]} {word}".lstrip()
         if font.getlength(longer) <= width:
             lines[-1] = longer

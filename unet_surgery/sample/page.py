@@ -6,17 +6,16 @@ Every text is escaped where it enters; pictures are PNG data URIs.
 from __future__ import annotations
 
 import base64
-import html
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_surgery.sample.chart import NUM_TONES, Curve, curves_svg
+from unet_surgery.sample.chart import NUM_TONES, Curve, curves_svg, tone_class
 from unet_surgery.sample.grid import png
 from unet_surgery.sample.interval import wilson
+from unet_surgery.sample.markup import markup
 from unet_surgery.sample.style import STYLE
 
 __all__ = ["Accuracy", "Curve", "Curves", "Pictures", "Prose", "Section", "Share", "Table", "page"]
@@ -89,16 +88,16 @@ def page(sections: Sequence[Section], *, title: str, lead: str = "") -> str:
     Raises:
         ValueError: a section contradicts itself: rows of another length than its columns, or pictures than prompts.
     """
-    body = [f"<h1>{_text(title)}</h1>", f'<p class="lead">{_text(lead)}</p>' if lead else ""]
+    body = [f"<h1>{markup(title)}</h1>", f'<p class="lead">{markup(lead)}</p>' if lead else ""]
     for section in sections:
         note = getattr(section, "note", "")
-        body += ["<section>", f"<h2>{_text(section.heading)}</h2>", *_render(section)]
-        body += [f'<p class="note">{_text(note)}</p>' if note else "", "</section>"]
+        body += ["<section>", f"<h2>{markup(section.heading)}</h2>", *_render(section)]
+        body += [f'<p class="note">{markup(note)}</p>' if note else "", "</section>"]
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{_text(title)}</title>\n<style>\n{STYLE}</style></head>\n<body><main>"
+        f"<title>{markup(title)}</title>\n<style>\n{STYLE}</style></head>\n<body><main>"
     )
     return "\n".join([head, *filter(None, body), "</main></body></html>\n"])
 
@@ -106,32 +105,24 @@ def page(sections: Sequence[Section], *, title: str, lead: str = "") -> str:
 def _render(section: Section) -> list[str]:
     match section:
         case Prose():
-            return [f"<p>{_text(paragraph)}</p>" for paragraph in section.paragraphs]
+            return [f"<p>{markup(paragraph)}</p>" for paragraph in section.paragraphs]
         case Table():
             return _table(section)
         case Pictures():
             return _pictures(section)
         case Curves():
             chart = curves_svg(section.curves, title=section.heading, x_label=section.x_label, log=section.log)
-            return [_legend([curve.name for curve in section.curves]), chart]
+            return [_legend(section.curves), chart]
         case Accuracy():
             return _accuracy(section)
-
-
-def _text(value: str) -> str:
-    """Escape ``value``; characters that could turn or hide the text around them are shown as their code points."""
-    shown = (
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else f"U+{ord(c):04X}" for c in value
-    )
-    return html.escape("".join(shown))
 
 
 def _table(table: Table) -> list[str]:
     if any(len(row) != len(table.columns) for row in table.rows):
         raise ValueError(f"a row of table {table.heading!r} has not {len(table.columns)} cells")
-    heads = "".join(f'<th scope="col">{_text(column)}</th>' for column in table.columns)
+    heads = "".join(f'<th scope="col">{markup(column)}</th>' for column in table.columns)
     rows = [
-        f'<tr><th scope="row">{_text(row[0])}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:]) + "</tr>"
+        f'<tr><th scope="row">{markup(row[0])}</th>' + "".join(f"<td>{markup(cell)}</td>" for cell in row[1:]) + "</tr>"
         for row in table.rows
     ]
     body = "\n".join(rows)
@@ -140,16 +131,17 @@ def _table(table: Table) -> list[str]:
 
 def _pictures(section: Pictures) -> list[str]:
     marks = section.marks or {}
-    for title, rows in (*section.columns.items(), *marks.items()):
-        if len(rows) != len(section.prompts):
-            raise ValueError(f"column {title!r} has {len(rows)} rows, and there are {len(section.prompts)} prompts")
+    counts = [(title, len(rows)) for title, rows in section.columns.items()]
+    for title, count in counts + [(title, len(rows)) for title, rows in marks.items()]:
+        if count != len(section.prompts):
+            raise ValueError(f"column {title!r} has {count} rows, and there are {len(section.prompts)} prompts")
     parts = [f'<div class="grid" style="--columns:{len(section.columns)}">', '<div class="prompt head"></div>']
-    parts += [f'<div class="head">{_text(title)}</div>' for title in section.columns]
+    parts += [f'<div class="head">{markup(title)}</div>' for title in section.columns]
     for row, prompt in enumerate(section.prompts):
-        parts.append(f'<div class="prompt">{_text(prompt) or "(no words)"}</div>')
+        parts.append(f'<div class="prompt">{markup(prompt) or "(no words)"}</div>')
         for title, pictures in section.columns.items():
             mark = _mark(marks[title][row]) if title in marks else ""
-            words = _text(f"{title}: {prompt}")
+            words = markup(f"{title}: {prompt}")
             data = base64.b64encode(png(pictures[row])).decode("ascii")
             sides = f'width="{pictures.shape[2]}" height="{pictures.shape[1]}"'
             parts.append(
@@ -162,11 +154,11 @@ def _mark(right: bool) -> str:
     return '<span class="mark right">✓ right</span>' if right else '<span class="mark wrong">✗ wrong</span>'
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(curves: Sequence[Curve]) -> str:
     items = "".join(
-        f'<li><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="curve tone-{k % NUM_TONES}" '
-        f'd="M0,4H28"/></svg>{_text(name)}</li>'
-        for k, name in enumerate(names)
+        f'<li><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="curve {tone_class(curve, k)}" '
+        f'd="M0,4H28"/></svg>{markup(curve.name)}</li>'
+        for k, curve in enumerate(curves)
     )
     return f'<ul class="legend">{items}</ul>'
 
@@ -174,14 +166,14 @@ def _legend(names: Sequence[str]) -> str:
 def _accuracy(section: Accuracy) -> list[str]:
     parts = ['<div class="bars">']
     for group, shares in section.groups.items():
-        parts.append(f'<h3 class="group">{_text(group)}</h3>')
+        parts.append(f'<h3 class="group">{markup(group)}</h3>')
         for k, share in enumerate(shares):
             low, high = wilson(share.successes, share.total)
             mean = share.successes / share.total if share.total else 0.0
             said = f"{100 * mean:.1f} %" if share.total else "–"
             bounds = f"{100 * low:.1f}–{100 * high:.1f}"
             parts.append(
-                f'<div class="name">{_text(share.name)}</div>'
+                f'<div class="name">{markup(share.name)}</div>'
                 f'<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
                 f'<rect class="track" width="100" height="10"/>'
                 f'<rect class="fill-{k % NUM_TONES}" width="{100 * mean:.2f}" height="10"/>'

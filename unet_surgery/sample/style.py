@@ -72,9 +72,10 @@ tbody th { font-weight: 500; }
   .prompt { grid-column: 1 / -1; margin-top: .6rem; }
   .prompt.head { display: none; }
   .chart text { font-size: 18px; }
-  .bars { grid-template-columns: minmax(0, 1fr) auto; }
-  .bar { grid-column: 1 / -1; grid-row: auto; order: 0; }
-  .value span { display: block; }
+  .bars { grid-template-columns: auto minmax(0, 1fr); grid-auto-flow: dense; row-gap: .25rem; }
+  .name { grid-column: 1; }
+  .value { grid-column: 2; text-align: right; white-space: normal; }
+  .bar { grid-column: 1 / -1; margin-bottom: .5rem; }
 }
 """
 )
