@@ -107,18 +107,16 @@ class NoiseSchedule:
         return alphas_cumprod_B / (1.0 - alphas_cumprod_B)
 
 
-def draw_timesteps(uniforms_B: Tensor, num_timesteps: int, how: TimestepSampling = "uniform") -> Tensor:
-    """Return int64 timesteps [B] for numbers in [0, 1): a sample's own number decides, never its place in the batch.
+def draw_timesteps(uniforms_B2: Tensor, num_timesteps: int, how: TimestepSampling = "uniform") -> Tensor:
+    """Return int64 timesteps [B] for two numbers in [0, 1) a sample: its own decide, never its place in the batch.
 
-    ``half_high``: numbers below ½ become T·(2u)^¼, which has more of the noisy timesteps; the other half is uniform. It
-    breaks the plateau where a small network has learned colours but no positions.
+    The first number u is the place, T·u. ``half_high``: where the second is below ½ the place is T·u^¼, which has more
+    of the noisy timesteps. It breaks the plateau where a small network has learned colours but no positions.
     """
+    place_B = uniforms_B2[:, 0]
     if how == "half_high":
-        high_B = uniforms_B < 0.5
-        spread_B = torch.where(high_B, 2 * uniforms_B, 2 * uniforms_B - 1)
-        uniforms_B = torch.where(high_B, spread_B**0.25, spread_B)
-    timesteps_B = (uniforms_B * num_timesteps).long()
-    return timesteps_B.clamp(0, num_timesteps - 1)  # the root of a number just below 1 rounds to 1
+        place_B = torch.where(uniforms_B2[:, 1] < 0.5, place_B**0.25, place_B)
+    return (place_B * num_timesteps).long().clamp(max=num_timesteps - 1)  # a root of nearly 1 rounds to 1
 
 
 def offset_noise(noise_BCHW: Tensor, normals_BC: Tensor, strength: float) -> Tensor:
