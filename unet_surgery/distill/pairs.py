@@ -49,17 +49,12 @@ def tapped(student: nn.Module, teacher: nn.Module, pairs: Sequence[FeaturePair])
     Raises:
         VerificationError: a tap names no module of its network.
     """
-    sides = []
-    for name, unet, taps in (
-        ("student", student, [pair.student for pair in pairs]),
-        ("teacher", teacher, [pair.teacher for pair in pairs]),
-    ):
-        try:
-            sides.append(Tapped(unet, taps))
-        except VerificationError as error:
-            error.what = f"{error.what}: the {name}"
-            raise
-    return sides[0], sides[1]
+    ours = _tapped("student", student, [pair.student for pair in pairs])
+    try:
+        return ours, _tapped("teacher", teacher, [pair.teacher for pair in pairs])
+    except VerificationError:
+        ours.release()
+        raise
 
 
 def check_pairs(student: Tapped, teacher: Tapped, pairs: Sequence[FeaturePair], inputs: Sequence[Any]) -> None:
@@ -92,6 +87,14 @@ def stride_of(module: str, num_levels: int) -> int:
         return int(2 ** (num_levels - 1))
     index = int(rest.partition(".")[0])
     return int(2 ** (index if stage == "down_blocks" else num_levels - 1 - index))
+
+
+def _tapped(name: str, unet: nn.Module, taps: Sequence[Tap]) -> Tapped:
+    try:
+        return Tapped(unet, taps)
+    except VerificationError as error:
+        error.what = f"{error.what}: the {name}'s"
+        raise
 
 
 def _self_attentions(plan: SurgeryPlan) -> tuple[FeaturePair, ...]:
