@@ -42,7 +42,7 @@ class CacheSettings:
     dtype: str
     num_samples: int
     shard_samples: int
-    caption_column: str | None
+    caption_column: str
     moments_shape: tuple[int, int, int]
     num_tokens: int
     scaling_factor: float
