@@ -27,6 +27,7 @@ COMMANDS = [
     "controlnet",
     "transplant",
     "convert",
+    "cache",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

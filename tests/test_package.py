@@ -36,6 +36,8 @@ def test_public_names_are_complete_and_resolve() -> None:
         "controlnet",
         "transplant",
         "convert",
+        "make_cache",
+        "LatentCache",
         "SurgeryPlan",
         "SurgeryError",
     }

@@ -43,6 +43,7 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["controlnet", "out", "-o", "control"], 0),
     (["transplant", "nothing", "--plan", "out"], 3),
     (["convert", "nothing"], 3),
+    (["cache", "nothing", "-m", "tiny-random", "-o", "latents"], 3),
     (["recipes"], 0),
     (["recipes", "show", "bk_tiny"], 0),
     (["recipes", "copy", "bk_tiny", "mine.yaml"], 0),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         transplant,
     )
     from unet_surgery.checkpoint.check import CheckReport
+    from unet_surgery.data.cache import CacheResult, make_cache
+    from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
@@ -43,10 +45,12 @@ if TYPE_CHECKING:
     from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
+    "CacheResult": "unet_surgery.data.cache",
     "CheckReport": "unet_surgery.checkpoint.check",
     "ExportResult": "unet_surgery.api",
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
+    "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "PushResult": "unet_surgery.api",
@@ -63,6 +67,7 @@ _HOMES = {
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
+    "make_cache": "unet_surgery.data.cache",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
     "push": "unet_surgery.api",
@@ -71,10 +76,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "CacheResult",
     "CheckReport",
     "ControlNetResult",
     "ConvertResult",
     "ExportResult",
+    "LatentCache",
     "ModelReport",
     "PruneResult",
     "PushResult",
@@ -92,6 +99,7 @@ __all__ = [
     "inspect_model",
     "load_recipe",
     "load_unet",
+    "make_cache",
     "plan",
     "prune",
     "push",

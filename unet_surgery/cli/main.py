@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unet_surgery import __version__
+from unet_surgery.cli.cache import cache
 from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
 from unet_surgery.cli.convert import convert
@@ -63,6 +64,7 @@ app.command()(push)
 app.command()(controlnet)
 app.command()(transplant)
 app.command()(convert)
+app.command()(cache)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

@@ -8,6 +8,7 @@ import typer
 
 __all__ = [
     "DEFAULT_MAX_HEADER",
+    "TEACHER_HELP",
     "Base",
     "Compared",
     "Config",

@@ -177,16 +177,25 @@ def _harmless(text: str) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback for bytes done and in all, drawn on stderr when it is a terminal."""
+def progress_bar(label: str, quiet: bool, *, of_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback for bytes (or samples, steps …) done and in all, drawn on stderr when it is a terminal."""
     logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         yield lambda _done, _total: None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    counts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn(label), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=error_console(), transient=True) as bar:
         task = bar.add_task(label, total=None)
 

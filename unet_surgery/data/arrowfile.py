@@ -167,6 +167,8 @@ def _view(batch: pa.RecordBatch, settings: CacheSettings) -> ShardView:
     batch.validate()
     if not batch.schema.equals(_schema(settings)):
         raise ValueError("other columns than cache.json says")
+    for name in ("caption", "id"):
+        batch.column(name).validate(full=True)  # an offset that leads out of the file ends the process
     lists = [
         batch.column(name).values.to_numpy(zero_copy_only=True).reshape(len(batch), length)
         for name, (_, length) in _columns(settings).items()

@@ -25,7 +25,7 @@ from unet_surgery.data.cacheplan import CacheFacts, CacheSettings, Part, check_s
 from unet_surgery.data.encode import check_resolution
 from unet_surgery.data.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.data.shards import Encoder, write_shard
-from unet_surgery.data.sources import Source, open_source
+from unet_surgery.data.sources import CAPTION_COLUMNS, Source, open_source
 from unet_surgery.errors import DataError, UsageError, printable
 
 __all__ = ["CacheRequest", "CacheResult", "Progress", "make_cache", "write_part"]
@@ -52,7 +52,7 @@ class CacheRequest:
     max_bad: float = 0.01
     flip: bool = False
     shard_samples: int = 4096
-    caption_column: str | None = None
+    caption_column: str = CAPTION_COLUMNS[0]
     limit: int | None = None
     split: str = "train"
     decoders: int = 4
@@ -87,7 +87,7 @@ def make_cache(
     max_bad: float = 0.01,
     flip: bool = False,
     shard_samples: int = 4096,
-    caption_column: str | None = None,
+    caption_column: str = CAPTION_COLUMNS[0],
     limit: int | None = None,
     split: str = "train",
     part: tuple[int, int] = (0, 1),
@@ -141,7 +141,7 @@ def make_cache(
 
 def write_part(request: CacheRequest, part: Part, progress: Progress) -> CacheResult:
     """Write the shards of ``part`` that are not there yet, then the indices if all are."""
-    source = open_source(request.source, caption=request.caption_column, split=request.split)
+    source = open_source(request.source, caption_column=request.caption_column, split=request.split)
     check_output(request.out, *(Path(text).expanduser() for text in (request.source, request.model)))
     teacher, folder = _model(request.model)
     encoder = Encoder.load(folder, request.device, request.dtype, request.batch, request.decoders)

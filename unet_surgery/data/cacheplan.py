@@ -5,6 +5,7 @@ A shard is a fixed range of the source's samples, so it holds the same whichever
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ __all__ = [
 
 FORMAT = 1
 EXAMPLES = 3
+_SHARD = re.compile(r"data-\d{5,}-of-\d{5,}\.arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class CacheSettings:
     dtype: str
     num_samples: int
     shard_samples: int
-    caption_column: str | None
+    caption_column: str
     moments_shape: tuple[int, int, int]
     num_tokens: int
     scaling_factor: float
@@ -126,19 +128,27 @@ class CacheFacts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheFacts:
-        """Raises KeyError, TypeError or ValueError for what was not written by ``to_json``."""
-        return cls(
+        """Raises KeyError, TypeError, ValueError or AttributeError for what was not written by ``to_json``."""
+        shards = {
+            name: ShardFacts(int(shard["rows"]), int(shard["num_bytes"]), str(shard["sha256"]))
+            for name, shard in data["shards"].items()
+        }
+        facts = cls(
             CacheSettings.from_json(data["settings"]),
             int(data["count"]),
             tuple(int(i) for i in data["empty_ids"]),
             dict(data["teacher"]),
-            {
-                name: ShardFacts(int(shard["rows"]), int(shard["num_bytes"]), str(shard["sha256"]))
-                for name, shard in data["shards"].items()
-            },
+            shards,
             dict(data["bad"]),
             dict(data["examples"]),
         )
+        if facts.count != sum(shard.rows for shard in shards.values()):
+            raise ValueError(f"count {facts.count} is not the sum of the shards' rows")
+        if len(facts.empty_ids) != facts.settings.num_tokens:
+            raise ValueError(f"{len(facts.empty_ids)} empty_ids in place of {facts.settings.num_tokens}")
+        if wrong := next((name for name in shards if not _SHARD.fullmatch(name)), None):
+            raise ValueError(f"{wrong!r} is no shard's name")
+        return facts
 
     @classmethod
     def of(

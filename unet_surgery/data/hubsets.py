@@ -12,13 +12,13 @@ from typing import Any
 from unet_surgery.checkpoint.jsonfile import read_regular
 from unet_surgery.data.pictures import MAX_PICTURE_BYTES
 from unet_surgery.data.reasons import BadSampleError
-from unet_surgery.data.sources import RawSample, caption_column
+from unet_surgery.data.sources import CAPTION_COLUMNS, RawSample, caption_column
 from unet_surgery.errors import DataError, MissingExtraError, TeacherError, first_few, printable
 
 __all__ = ["DatasetSource", "open_hub_dataset", "open_saved_dataset"]
 
 
-def open_hub_dataset(text: str, *, caption: str | None, split: str) -> DatasetSource:
+def open_hub_dataset(text: str, *, caption: str, split: str) -> DatasetSource:
     """Fetch, or take from its cache, a ``split`` of the dataset ``org/name[@revision]``."""
     name, _, revision = text.partition("@")
     library = _library()
@@ -33,7 +33,7 @@ def open_hub_dataset(text: str, *, caption: str | None, split: str) -> DatasetSo
     return DatasetSource(dataset, caption=caption, where=text)
 
 
-def open_saved_dataset(folder: Path, *, caption: str | None, split: str) -> DatasetSource:
+def open_saved_dataset(folder: Path, *, caption: str, split: str) -> DatasetSource:
     """Open what ``save_to_disk`` wrote; of several splits, ``split``."""
     library = _library()
     try:
@@ -54,7 +54,7 @@ def open_saved_dataset(folder: Path, *, caption: str | None, split: str) -> Data
 class DatasetSource:
     """The samples of a ``datasets.Dataset`` with a column of pictures and one of captions."""
 
-    def __init__(self, dataset: Any, *, caption: str | None = None, where: str = "") -> None:
+    def __init__(self, dataset: Any, *, caption: str = CAPTION_COLUMNS[0], where: str = "") -> None:
         library = _library()
         pictures = [name for name, feature in dataset.features.items() if isinstance(feature, library.Image)]
         if len(pictures) != 1:

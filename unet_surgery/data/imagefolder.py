@@ -14,7 +14,7 @@ from unet_surgery.checkpoint.components import check_inside
 from unet_surgery.checkpoint.jsonfile import read_regular
 from unet_surgery.data.pictures import MAX_PICTURE_BYTES
 from unet_surgery.data.reasons import BadSampleError
-from unet_surgery.data.sources import CAPTION_COLUMNS, Broken, RawSample, Texts, caption_column
+from unet_surgery.data.sources import CAPTION_COLUMNS, Broken, RawSample, Texts, caption_column, caption_names
 from unet_surgery.errors import DataError, TeacherError, first_few, printable
 
 __all__ = ["FolderSource", "find_metadata"]
@@ -38,7 +38,7 @@ def find_metadata(root: Path) -> list[Path]:
 class FolderSource:
     """The samples that metadata files name, in their order."""
 
-    def __init__(self, root: Path, metadata: Sequence[Path], *, caption: str | None = None) -> None:
+    def __init__(self, root: Path, metadata: Sequence[Path], *, caption: str = CAPTION_COLUMNS[0]) -> None:
         self._root = root
         self._broken: dict[int, Broken] = {}
         names: list[str] = []
@@ -105,7 +105,7 @@ def _read_inside(root: Path, name: str) -> bytes:
         raise BadSampleError("bomb" if is_huge else "unreadable", f"{error.what}: {error.found}") from error
 
 
-def _csv_entries(path: Path, wanted: str | None) -> Iterator[Entry]:
+def _csv_entries(path: Path, wanted: str) -> Iterator[Entry]:
     """Yield the rows; bytes that are no UTF-8 become lone surrogates, which no caption may hold."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
@@ -136,8 +136,8 @@ def _csv_entries(path: Path, wanted: str | None) -> Iterator[Entry]:
             yield row[name_at], json.dumps(row[caption_at]) if caption_at < len(row) else None
 
 
-def _json_entries(path: Path, wanted: str | None) -> Iterator[Entry]:
-    columns = (wanted,) if wanted else CAPTION_COLUMNS
+def _json_entries(path: Path, wanted: str) -> Iterator[Entry]:
+    columns = caption_names(wanted)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

@@ -39,7 +39,7 @@ class PictureSet:
     ``bad`` counts the bad samples that were met, by reason; each counts once.
     """
 
-    latents: Literal["pixels"] = "pixels"
+    latents: Literal["moments", "pixels"] = "pixels"
 
     def __init__(self, source: Source, tokenizer: Any, resolution: int, *, max_bad: float = 0.01) -> None:
         self._source, self._tokenizer, self._resolution, self._max_bad = source, tokenizer, resolution, max_bad

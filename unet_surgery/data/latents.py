@@ -37,9 +37,9 @@ class LatentCache:
             tokenizer is not the one that made the cache.
     """
 
-    latents: Literal["moments"] = "moments"
+    latents: Literal["moments", "pixels"] = "moments"
 
-    def __init__(self, folder: str | Path, *, model: Parts | None = None) -> None:
+    def __init__(self, folder: str | Path, model: Parts | None = None) -> None:
         self.folder = Path(folder)
         self.facts = read_facts(self.folder)
         settings = self.facts.settings

@@ -9,41 +9,36 @@ from typing import Any, Literal
 
 import torch
 
+from unet_surgery.data.batches import TrainingSet
 from unet_surgery.data.encode import encode_moments, in_half
-from unet_surgery.data.sets import TrainingSet
 from unet_surgery.errors import DataError
 
 __all__ = ["MomentsInMemory", "encode_all"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class MomentsInMemory:
-    """Moments, float16 [N, 2C, h, w], and token ids, int64 [N, T], on one device, which batches are on as well."""
+    """Moments, float16 [N, 2C, h, w], and token ids, int64 [N, T], in this machine's memory."""
 
     moments: torch.Tensor
     ids: torch.Tensor
     empty: torch.Tensor
     fingerprint: str
-
-    @property
-    def latents(self) -> Literal["moments"]:
-        return "moments"
+    latents: Literal["moments", "pixels"] = "moments"
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.ids.device)
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
         return self.moments[chosen], self.ids[chosen]
 
     def empty_ids(self) -> torch.Tensor:
         return self.empty
 
 
-def encode_all(
-    pictures: TrainingSet, vae: Any, *, device: str | torch.device = "cpu", batch: int = 256
-) -> MomentsInMemory:
-    """Encode every sample of ``pictures``, which gives pixels, by ``vae`` on its own device; keep it all on ``device``.
+def encode_all(pictures: TrainingSet, vae: Any, *, batch: int = 256) -> MomentsInMemory:
+    """Encode every sample of ``pictures``, which gives pixels, by ``vae``, which stays on its device.
 
     Raises:
         DataError: a latent is not finite in half precision; names the first sample.
@@ -57,8 +52,8 @@ def encode_all(
         if not is_finite.all():
             first = start + int((~is_finite).nonzero()[0])
             raise DataError("a latent is not finite in half precision", found=f"sample {first}")
-        moments.append(halves.to(device))
-        ids.append(ids_BT.to(device))
+        moments.append(halves.cpu())
+        ids.append(ids_BT)
     digest = hashlib.sha256(pictures.fingerprint.encode())
     for name, weight in sorted(vae.state_dict().items()):
         digest.update(name.encode())

@@ -65,7 +65,7 @@ def decode_picture(data: bytes, resolution: int, limits: PictureLimits | None = 
         raise BadSampleError("bomb", "more than memory holds") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything, and none of it is a fault of ours
         raise BadSampleError(_reason(error), printable(str(error) or type(error).__name__)) from error
-    return np.asarray(square, dtype=np.uint8)
+    return np.array(square, dtype=np.uint8)
 
 
 def _check_start(data: bytes) -> None:

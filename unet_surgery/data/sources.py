@@ -17,10 +17,19 @@ import numpy as np
 from unet_surgery.data.reasons import BadSampleError, Reason
 from unet_surgery.errors import DataError, first_few, printable
 
-__all__ = ["CAPTION_COLUMNS", "Broken", "RawSample", "Source", "Texts", "caption_column", "open_source"]
+__all__ = [
+    "CAPTION_COLUMNS",
+    "Broken",
+    "RawSample",
+    "Source",
+    "Texts",
+    "caption_column",
+    "caption_names",
+    "open_source",
+]
 
 CAPTION_COLUMNS = ("text", "caption")
-"""What the column of captions is called, unless it is given."""
+"""What the column of captions is called: the first is the default, and where there is none of that name, the second."""
 
 _HUB_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -85,50 +94,61 @@ class Texts:
         return self._blob[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogatepass")
 
 
-def caption_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
-    """Return the column that holds captions: ``wanted``, else ``text`` or ``caption``.
+def caption_names(wanted: str) -> tuple[str, ...]:
+    """Return what the column of captions may be called."""
+    return CAPTION_COLUMNS if wanted == CAPTION_COLUMNS[0] else (wanted,)
+
+
+def caption_column(columns: Iterable[str], wanted: str, where: str) -> str:
+    """Return the column that holds captions.
 
     Raises:
         DataError: there is none; names the columns.
     """
     there = list(columns)
-    for name in (wanted,) if wanted else CAPTION_COLUMNS:
+    for name in caption_names(wanted):
         if name in there:
             return name
     raise DataError(
         "there is no column of captions",
         where=where,
-        expected=printable(wanted) if wanted else " or ".join(CAPTION_COLUMNS),
+        expected=" or ".join(map(printable, caption_names(wanted))),
         found=first_few(there) or "no columns",
         hint="name it with --caption-column",
     )
 
 
-def open_source(spec: str | Path, *, caption: str | None = None, split: str = "train") -> Source:
+def open_source(spec: str | Path, *, caption_column: str = CAPTION_COLUMNS[0], split: str = "train") -> Source:
     """Open the pictures and captions that ``spec`` names.
 
     It is a folder with metadata.csv or metadata.jsonl; a folder of tars, or tars by name (``shards/{00000..00041}.tar``
-    for many); a folder that ``datasets`` saved; or a dataset of the Hub, ``org/name[@revision]``, of which ``split``
-    is taken. ``caption`` is the column, or the key in a tar's JSON, that holds the captions.
+    for many); a folder that ``datasets`` saved; or a dataset of the Hub, ``[hub:]org/name[@revision]``, of which
+    ``split`` is taken. ``caption_column`` is the column, or the key in a tar's JSON, that holds the captions; in place
+    of ``text`` it may be ``caption``.
 
     Raises:
         DataError: it is none of these, or holds no samples.
         MissingExtraError: it needs the library ``datasets``, which is not installed.
     """
     text = str(spec)
+    hub, is_hub, rest = text.partition("hub:")
+    if is_hub and not hub:
+        from unet_surgery.data.hubsets import open_hub_dataset
+
+        return open_hub_dataset(rest, caption=caption_column, split=split)
     path = Path(text).expanduser()
     if path.is_dir():
-        return _open_folder(path, caption, split)
+        return _open_folder(path, caption_column, split)
     from unet_surgery.data.tars import TarSource, expand_braces
 
     if "://" in text or text.startswith("pipe:"):
         raise DataError("training data is read from this machine's disks", where=printable(text), hint="download it")
     if path.is_file() or "{" in text:
-        return TarSource(expand_braces(str(path)), caption=caption)
+        return TarSource(expand_braces(str(path)), caption=caption_column)
     if _HUB_DATASET.fullmatch(text) and not path.parent.is_dir():
         from unet_surgery.data.hubsets import open_hub_dataset
 
-        return open_hub_dataset(text, caption=caption, split=split)
+        return open_hub_dataset(text, caption=caption_column, split=split)
     raise DataError(
         "there is no such training data",
         where=printable(text),
@@ -136,7 +156,7 @@ def open_source(spec: str | Path, *, caption: str | None = None, split: str = "t
     )
 
 
-def _open_folder(path: Path, caption: str | None, split: str) -> Source:
+def _open_folder(path: Path, caption: str, split: str) -> Source:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         from unet_surgery.data.hubsets import open_saved_dataset
 

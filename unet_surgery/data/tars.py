@@ -21,7 +21,7 @@ import numpy as np
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.data.pictures import MAX_PICTURE_BYTES
 from unet_surgery.data.reasons import BadSampleError
-from unet_surgery.data.sources import CAPTION_COLUMNS, Broken, RawSample, Texts
+from unet_surgery.data.sources import CAPTION_COLUMNS, Broken, RawSample, Texts, caption_names
 from unet_surgery.errors import DataError, printable
 
 __all__ = ["TarSource", "expand_braces"]
@@ -68,9 +68,9 @@ def expand_braces(pattern: str) -> list[Path]:
 class TarSource:
     """The samples of tars, one tar after the other."""
 
-    def __init__(self, tars: Sequence[Path], *, caption: str | None = None) -> None:
+    def __init__(self, tars: Sequence[Path], *, caption: str = CAPTION_COLUMNS[0]) -> None:
         self._tars = list(tars)
-        self._caption_keys = (caption,) if caption else CAPTION_COLUMNS
+        self._caption_keys = caption_names(caption)
         self._broken: dict[int, Broken] = {}
         keys: list[str] = []
         places: list[tuple[int, ...]] = []
