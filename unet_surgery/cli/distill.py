@@ -36,8 +36,10 @@ def distill(
 ) -> None:
     """Train a student to do what its teacher does, or go on where a run stopped. Needs torch.
 
-    Everything is in the run file. The same command goes on after a crash or a signal: the run's folder holds checkpoints,
-    metrics.jsonl and, at the end, the student. For many processes: accelerate launch -m unet_surgery.distill RUN.yaml.
+    Everything is in the run file. The same command goes on after a crash or a signal: the run's folder holds
+    checkpoints, metrics.jsonl and, at the end, the student.
+
+    For many processes: accelerate launch -m unet_surgery.distill RUN.yaml
 
     Example: unet-surgery distill examples/runs/toy_bk_tiny.yaml --set steps=100
     """

@@ -6,18 +6,41 @@ B batch · C latent channels · H, W latent size · T tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
-from unet_surgery.data.sets import TrainingSet
 
-__all__ = ["Batch", "Batches", "prepared"]
+__all__ = ["Batch", "Batches", "TrainingSet", "prepared"]
+
+
+class TrainingSet(Protocol):
+    """Samples by index: pictures or their latents, and the token ids of their captions."""
+
+    @property
+    def latents(self) -> Literal["moments", "pixels"]:
+        """What ``batch`` gives: the VAE's posterior [n, 2C, h, w], means then deviations, unscaled, float16.
+
+        Or pixels [n, 3, H, W] from -1 to 1, float32, which are still to be encoded.
+        """
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when what ``batch`` gives for an index does."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return images as said above and token ids, int64 [n, T]; called from several threads."""
+
+    def empty_ids(self) -> Tensor:
+        """Return the token ids of an empty caption, int64 [T]."""
 
 
 @dataclass(frozen=True, slots=True)

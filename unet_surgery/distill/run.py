@@ -23,8 +23,10 @@ from unet_surgery.data.batches import Batch, Batches, prepared
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.config import RunConfig
+from unet_surgery.distill.finish import write_trained
+from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.identity import identity, refuse_changes
-from unet_surgery.distill.metrics import Metrics
+from unet_surgery.distill.metrics import METRICS, Metrics
 from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import Base, micro_batches, open_base, set_up
@@ -37,6 +39,8 @@ from unet_surgery.version import __version__
 __all__ = ["Progress", "Result", "distill"]
 
 log = logging.getLogger(__name__)
+
+STUDENT, PICTURES = "student", "pictures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class _Run:
     stop: _Stop
     on_progress: OnProgress
     identity: dict[str, Any]
+    gallery: Gallery
     clock: _Clock = field(default_factory=_Clock)
     roll_backs: int = 0
 
@@ -170,7 +175,8 @@ def _run(
     step = 0 if state is None else state.step
     metrics = Metrics(folder, step=step) if world.is_main else None
     stop = stack.enter_context(_Stop())
-    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known)
+    gallery = Gallery(folder / PICTURES, config.pictures, base.parts, world)
+    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery)
     stack.callback(run.close)
     place = _Place(0, 0, 0)
     for number, stage in enumerate(config.stages):
@@ -229,6 +235,8 @@ def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> Traini
             if step % run.config.log.every == 0 or is_last or is_stopping:
                 _log(run, place, trainer, number + 1)
             with run.clock.paused():
+                if _is_due(run.config, step):
+                    trainer.draw(run.gallery, step)
                 if is_last or is_stopping:
                     return _save(run, place, trainer, step)
                 if step % every == 0:
@@ -252,6 +260,12 @@ def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Gene
         for i in range(count)
     )
     return prepared(batches, starts, size, world.device, workers=run.config.data.workers)
+
+
+def _is_due(config: RunConfig, step: int) -> bool:
+    """True if pictures are drawn after ``step``: at the end, and every so often."""
+    every = config.pictures.every
+    return bool(config.pictures.prompts) and (step == config.num_steps or (every is not None and step % every == 0))
 
 
 def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
@@ -344,7 +358,22 @@ def _save_if_possible(run: _Run, place: _Place, trainer: StageTrainer, step: int
 
 
 def _finish(run: _Run, state: TrainingState) -> Path:
-    raise NotImplementedError
+    """Write the finished student, with the averaged weights; the main process does."""
+    out = run.folder / STUDENT
+    if run.world.is_main:
+        lines = [json.loads(line) for line in (run.folder / METRICS).read_text("utf-8").splitlines()]
+        pictures = sorted((run.folder / PICTURES).glob("step-*.png"))
+        write_trained(
+            run.folders.student,
+            out,
+            run.config,
+            state.tensors["ema"],
+            num_samples=len(run.base.samples),
+            metrics=lines,
+            samples=pictures[-1].read_bytes() if pictures else None,
+        )
+    run.world.barrier()
+    return out
 
 
 class _Stop:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unet_surgery.data.batches import Batches
+from unet_surgery.data.batches import Batches, TrainingSet
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
-from unet_surgery.data.sets import TrainingSet
 from unet_surgery.distill.compute import Compute, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.diffusion import NoiseSchedule
@@ -75,7 +74,7 @@ def _open_samples(config: RunConfig, parts: Parts) -> TrainingSet:
         from unet_surgery.data.images import PictureSet
         from unet_surgery.data.sources import open_source
 
-        source = open_source(data.images, caption=data.caption_column)
+        source = open_source(data.images, caption_column=data.caption_column)
         return PictureSet(source, parts.tokenizer, data.resolution, max_bad=data.max_bad)
     from unet_surgery.data.memory import encode_all
     from unet_surgery.data.toy import ToyPictures

@@ -10,15 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, log10
 
+from unet_surgery.picture.palette import FONTS
 from unet_surgery.sample.markup import markup
 
-__all__ = ["NUM_TONES", "Curve", "curves_svg", "tone_class"]
+__all__ = ["NUM_TONES", "Curve", "curves_svg", "standalone_svg", "tone_class"]
 
 WIDTH, HEIGHT = 640.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 12.0, 36.0
 NUM_TONES = 4
 MAX_POINTS = 600
 NUM_TICKS = 5
+STANDALONE = (
+    f"text{{font:12px {FONTS};fill:#57626d}}.rule{{stroke:#e3e7eb;fill:none}}"
+    ".curve{fill:none;stroke-width:2;stroke-linejoin:round}.tone-0{stroke:#2f6fb0}"
+    ".tone-1{stroke:#b3590f;stroke-dasharray:7 3}.tone-2{stroke:#2d7d46;stroke-dasharray:2 3}"
+    ".tone-3{stroke:#a3246f;stroke-dasharray:10 3 2 3}"
+    "@media (prefers-color-scheme:dark){text{fill:#a3afbb}.rule{stroke:#2c353f}.tone-0{stroke:#6fb1f2}"
+    ".tone-1{stroke:#f0a35e}.tone-2{stroke:#6fcf8f}.tone-3{stroke:#f08cc4}}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,24 @@ def curves_svg(curves: Sequence[Curve], *, title: str, x_label: str, log: bool) 
         )
         parts.append(f'<path class="curve {tone_class(curves[k], k)}" d="{course}"/>')
     return "".join([*parts, "</svg>"])
+
+
+def standalone_svg(curves: Sequence[Curve], *, title: str, x_label: str, log: bool) -> str:
+    """Return ``curves`` as an SVG file of its own, with its legend, light or dark as the reader prefers."""
+    chart = curves_svg(curves, title=title, x_label=x_label, log=log)
+    if not chart.startswith("<svg"):
+        text = '<text x="20" y="40">no values</text>'
+        chart = f'<svg class="chart" role="img" viewBox="0 0 {WIDTH:g} {HEIGHT:g}">{text}</svg>'
+    place, legend = LEFT, []
+    for k, curve in enumerate(curves):
+        tone = tone_class(curve, k)
+        legend.append(f'<path class="curve {tone}" d="M{place:g},-10h28"/>')
+        legend.append(f'<text x="{place + 34:g}" y="-6">{markup(curve.name)}</text>')
+        place += 34 + 7 * len(curve.name) + 24
+    head, _, rest = chart.partition(">")
+    head = head.replace(f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}"', f'viewBox="0 -24 {WIDTH:g} {HEIGHT + 24:g}"')
+    head = head.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH:g}" height="{HEIGHT + 24:g}"')
+    return f"{head}><style>{STANDALONE}</style>{''.join(legend)}{rest}\n"
 
 
 def _points(curve: Curve, *, log: bool) -> list[list[tuple[float, float]]]:
