@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def other_caption(scene: Scene) -> Scene:
 # -- grammar ---------------------------------------------------------------------------------------------------------
 
 
-def test_captions_are_parsed_back_to_their_scenes() -> None:
+def captions_of_are_parsed_back_to_their_scenes() -> None:
     scenes = one_object_scenes() + two_object_scenes()
     assert (len(one_object_scenes()), len(two_object_scenes())) == (720, 17_280)
     captions = [caption(scene) for scene in scenes]
@@ -382,12 +381,36 @@ def test_every_recipe_for_sd1_applies(recipe: str) -> None:
     assert plan.student.params < plan.teacher.params == 9_387_620
 
 
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.fspath(PIPELINE.parent))
+
+
+@pytest.mark.usefixtures("examples")
+def test_scores_are_counted_with_their_interval() -> None:
+    from score import score, captions_of, wilson
+
+    captions = captions_of("one", 80) + captions_of("two", 20)
+    assert len(set(captions)) == 92  # all 72 held-out scenes of one thing before any again
+    assert all(is_held_out(parse(text)) for text in captions)
+
+    def drawn(texts: Sequence[str], seed: int) -> Pictures:  # whatever the caption says of sizes, small
+        return np.stack([draw(parse(text.replace("large", "small")), seed) for text in texts])
+
+    found = score(drawn, captions, [0, 1])
+    small = ["large" not in text for text in captions]
+    for kind, part, num in (("all", small, 200), ("one", small[:80], 160), ("two", small[80:], 40)):
+        assert found[kind]["pictures"] == num
+        assert found[kind]["right"] == found[kind]["attributes"]["size"] == np.mean(part)
+        assert found[kind]["attributes"]["shape"] == found[kind]["attributes"]["place"] == 1
+    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29
+    for right, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
+        assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.usefixtures("examples")
 def test_centering_the_latents_changes_no_picture() -> None:
-    sys.path.insert(0, os.fspath(PIPELINE.parent))
-    try:
-        import train_parts
-    finally:
-        sys.path.pop(0)
+    import train_parts
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
