@@ -388,7 +388,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("examples")
 def test_scores_are_counted_with_their_interval() -> None:
-    from score import score, captions_of, wilson
+    from score import captions_of, score, wilson
 
     captions = captions_of("one", 80) + captions_of("two", 20)
     assert len(set(captions)) == 92  # all 72 held-out scenes of one thing before any again

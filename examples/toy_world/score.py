@@ -19,7 +19,7 @@ from unet_surgery.toyworld.checker import Verdict, judge
 from unet_surgery.toyworld.dice import integers
 from unet_surgery.toyworld.grammar import caption, parse
 
-__all__ = ["score", "tally", "captions_of", "wilson"]
+__all__ = ["captions_of", "score", "tally", "wilson"]
 
 Z_95 = 1.959964
 
