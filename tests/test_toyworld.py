@@ -68,7 +68,7 @@ def other_caption(scene: Scene) -> Scene:
 # -- grammar ---------------------------------------------------------------------------------------------------------
 
 
-def captions_of_are_parsed_back_to_their_scenes() -> None:
+def test_captions_are_parsed_back_to_their_scenes() -> None:
     scenes = one_object_scenes() + two_object_scenes()
     assert (len(one_object_scenes()), len(two_object_scenes())) == (720, 17_280)
     captions = [caption(scene) for scene in scenes]

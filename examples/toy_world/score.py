@@ -1,8 +1,9 @@
 """How often a U-Net draws what toy-world captions say, by the checker: shares with Wilson intervals.
 
-from score import score, captions_of
-from unet_surgery.sample.draw import sample
-score(lambda prompts, seed: sample(unet, parts, prompts, seed=seed, batch=250), captions_of("one", 500), seeds=[0])
+    draw = lambda prompts, seed: sample(unet, parts, prompts, seed=seed, batch=250)  # unet_surgery.sample.draw
+    score(draw, captions_of("one", 500) + captions_of("two", 500), seeds=[0])
+
+``draw`` is an argument, so that anything that makes pictures can be scored.
 """
 
 from __future__ import annotations
