@@ -109,19 +109,21 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--vae-minutes", type=float, default=20.0)
     parser.add_argument("--decoder-minutes", type=float, default=5.0)
     parser.add_argument("--text-minutes", type=float, default=1.0)
-    parser.add_argument("--batch", type=int, help="pictures a step (256 on a GPU, 32 on a CPU)")
-    parser.add_argument("--pictures", type=int, help="training pictures (131072 on a GPU, 16384 on a CPU)")
+    parser.add_argument("--batch", type=int, help="pictures a step (128 on a GPU, 16 on a CPU)")
+    parser.add_argument("--pictures", type=int, help="training pictures (65536 on a GPU, 16384 on a CPU)")
     parser.add_argument("--test-pictures", type=int, default=2000, help="half of one thing, half of two")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the VAE; the decoder alone gets a third")
     parser.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term, summed over a picture's latents")
     parser.add_argument("--edges", type=float, default=0.5, help="weight of the neighbours' differences")
-    parser.add_argument("--latent-noise", type=float, default=0.05, help="in stds, what the decoder alone learns to bear")
+    parser.add_argument(
+        "--latent-noise", type=float, default=0.05, help="in stds, what the decoder alone learns to bear"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-graph", action="store_true", help="do not capture the steps as CUDA graphs")
     options = parser.parse_args()
     gpu = options.device == "cuda"
-    options.batch = options.batch or (256 if gpu else 32)
-    options.pictures = options.pictures or (131_072 if gpu else 16_384)
+    options.batch = options.batch or (128 if gpu else 16)
+    options.pictures = options.pictures or (65_536 if gpu else 16_384)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
@@ -132,13 +134,18 @@ def parse_options() -> argparse.Namespace:
 class Steps:
     """Optimizer steps of one loss: eager, or captured once as a CUDA graph and replayed."""
 
-    def __init__(self, loss: Callable[[], Tensor], parameters: list[torch.nn.Parameter], lr: float, graph: bool) -> None:
+    def __init__(
+        self, loss: Callable[[], Tensor], parameters: list[torch.nn.Parameter], lr: float, graph: bool
+    ) -> None:
         device = parameters[0].device
         self.peak = lr
-        self.lr = torch.tensor(lr, device=device) if graph else lr
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=1e-3, capturable=graph
+            parameters,
+            lr=torch.tensor(lr, device=device) if graph else lr,
+            betas=(0.9, 0.99),
+            weight_decay=1e-3,
+            capturable=graph,
         )
         self.loss = loss
         self.value = torch.zeros((), device=device)
@@ -151,10 +158,11 @@ class Steps:
             self.graph.replay()
 
     def set_lr(self, lr: float) -> None:
-        if isinstance(self.lr, Tensor):
-            self.lr.fill_(lr)
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # in place: the captured step reads it there
         else:
-            self.optimizer.param_groups[0]["lr"] = lr
+            group["lr"] = lr
 
     def _body(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -223,7 +231,7 @@ def pools(tokenizer: Any, options: argparse.Namespace) -> tuple[Tensor, list[tup
     half = options.test_pictures // 2
     test: list[tuple[str, np.ndarray[Any, Any]]] = []
     for objects in ("one", "two"):
-        fresh = ToyPictures(tokenizer, half, TEST_SEED, objects=objects, split="all")  # type: ignore[arg-type]
+        fresh = ToyPictures(tokenizer, half, TEST_SEED, objects=objects, split="all")
         shown = quantised(fresh.batch(range(half))[0]).permute(0, 2, 3, 1).contiguous().numpy()
         test += zip(fresh.captions(range(half)), shown, strict=True)
     print(f"{len(pictures)} training and {len(test)} test pictures in {time.monotonic() - started:.1f} s", flush=True)
@@ -283,46 +291,46 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     return pictures
 
 
-@torch.no_grad()
 def center_and_balance(vae: Any, pictures: Tensor) -> None:
     """Give every latent channel mean 0 and one std, by the 1 × 1 convolutions around the latents: exactly undone there.
 
     For posterior mean μ and log variance: μ' = (μ − m)·f, logvar' = logvar + 2 ln f; and W'z' + b' = W(z'/f + m) + b.
     """
-    latents = sampled(vae, pictures)
-    middle, stds = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    factor = stds.square().mean().sqrt() / stds
-    channels = len(middle)
-    before, after = vae.quant_conv, vae.post_quant_conv
-    before.weight[:channels] *= factor[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - middle) * factor
-    before.bias[channels:] += 2 * factor.log()
-    after.bias += after.weight[:, :, 0, 0] @ middle
-    after.weight /= factor[None, :, None, None]
+    with torch.no_grad():
+        latents = sampled(vae, pictures)
+        middle, stds = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+        factor = stds.square().mean().sqrt() / stds
+        channels = len(middle)
+        before, after = vae.quant_conv, vae.post_quant_conv
+        before.weight[:channels] *= factor[:, None, None, None]
+        before.bias[:channels] = (before.bias[:channels] - middle) * factor
+        before.bias[channels:] += 2 * factor.log()
+        after.bias += after.weight[:, :, 0, 0] @ middle
+        after.weight /= factor[None, :, None, None]
 
 
-@torch.no_grad()
 def sampled(vae: Any, pictures: Tensor) -> Tensor:
-    parts = []
-    for part in pictures.split(CHUNK // 4):
-        mean, logvar = moments(vae, scaled(part))
-        parts.append(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
-    return torch.cat(parts)
+    with torch.no_grad():
+        parts = []
+        for part in pictures.split(CHUNK // 4):
+            mean, logvar = moments(vae, scaled(part))
+            parts.append(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
+        return torch.cat(parts)
 
 
 def latents_std(vae: Any, pictures: Tensor) -> float:
     return float(sampled(vae, pictures).std())
 
 
-@torch.no_grad()
 def round_trip(vae: Any, shown: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return uint8 [n, H, W, 3] pictures after encoding, drawing from the posterior and decoding."""
-    device = next(vae.parameters()).device
-    parts = []
-    for part in torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous().split(CHUNK // 4):
-        latents = sampled(vae, part.to(device))
-        parts.append(quantised(decoded(vae, latents).clamp(-1, 1)).permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(parts)
+    with torch.no_grad():
+        device = next(vae.parameters()).device
+        parts = []
+        for part in torch.from_numpy(shown).permute(0, 3, 1, 2).contiguous().split(CHUNK // 4):
+            latents = sampled(vae, part.to(device))
+            parts.append(quantised(decoded(vae, latents).clamp(-1, 1)).permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(parts)
 
 
 def vae_gate(vae: Any, test: list[tuple[str, np.ndarray[Any, Any]]], count: int) -> dict[str, float]:
@@ -376,14 +384,14 @@ def train_text(encoder: Any, tokenizer: Any, options: argparse.Namespace) -> dic
         ]
         return torch.stack(terms).mean()
 
-    @torch.no_grad()
     def accuracy() -> float:
-        encoder.eval()
-        logits = heads(encoder(test_ids).last_hidden_state).split(sizes, dim=-1)
-        right = torch.stack([part.argmax(-1) for part in logits], dim=-1) == test_labels
-        said = test_labels != UNSAID
-        encoder.train()
-        return float(right[said].float().mean())
+        with torch.no_grad():
+            encoder.eval()
+            logits = heads(encoder(test_ids).last_hidden_state).split(sizes, dim=-1)
+            right = torch.stack([part.argmax(-1) for part in logits], dim=-1) == test_labels
+            said = test_labels != UNSAID
+            encoder.train()
+            return float(right[said].float().mean())
 
     def say(step: int, value: float) -> None:
         print(f"text step {step} loss {value:.5f} held-out accuracy {accuracy():.5f}", flush=True)
@@ -407,7 +415,10 @@ def captions_with_labels(tokenizer: Any, split: Any, device: str) -> tuple[Tenso
     labels = np.full((len(scenes), length, len(CLASSES)), UNSAID)
     for row, (scene, text) in enumerate(zip(scenes, texts, strict=True)):
         num_words = len(text.split())
-        said = {"place": (6 if len(scene.things) == 1 else 4, scene.place), "background": (num_words - 2, scene.background)}
+        said = {
+            "place": (6 if len(scene.things) == 1 else 4, scene.place),
+            "background": (num_words - 2, scene.background),
+        }
         for end, first, thing in zip(("", "2"), (1, num_words - 7), scene.things, strict=False):
             said |= {f"size{end}": (first, thing.size), f"colour{end}": (first + 1, thing.colour)}
             said |= {f"shape{end}": (first + 2, thing.shape)}
@@ -450,7 +461,11 @@ def write_round_trip(vae: Any, test: list[tuple[str, np.ndarray[Any, Any]]], pat
     grid = np.concatenate(rows).repeat(4, axis=0).repeat(4, axis=1)
     height, width = grid.shape[:2]
     raw = b"".join(b"\0" + line.tobytes() for line in grid)
-    parts = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")
+    parts = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    )
     chunks = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
