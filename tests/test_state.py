@@ -561,7 +561,7 @@ def test_a_line_that_did_not_fit_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     truncate = disk.truncate
 
     def fill(fd: int, data: memoryview, offset: int) -> int:
-        real(fd, data[:7], offset)
+        real(fd, data[:-3], offset)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def refuse(fd: int, num_bytes: int) -> None:
