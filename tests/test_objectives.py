@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812  # its usual name
 from diffusers import UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def test_the_assignment_is_the_best_in_order(rows: int, columns: int, data: Any)
     score = st.one_of(st.floats(0, 1), st.just(nan), st.just(0.5))
     scores = data.draw(st.lists(st.lists(score, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
     pairs = monotone_assignment(torch.tensor(scores, dtype=torch.float64))
-    assert all(a < c and b < d for (a, b), (c, d) in zip(pairs, pairs[1:], strict=False))
+    assert all(a < c and b < d for (a, b), (c, d) in pairwise(pairs))
     total = sum(scores[s][k] for s, k in pairs)
     assert total == pytest.approx(brute_force(scores), abs=1e-12)  # a NaN among them would fail here
 

@@ -98,7 +98,7 @@ def checkpointing_setting() -> Iterator[None]:
     config.skip_fwd_side_effects_in_bwd_under_checkpoint = before
 
 
-# What is returned
+# The values
 
 
 def test_every_module_of_the_tiny_teacher_gives_what_a_plain_hook_sees(tiny: Path) -> None:
