@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -460,6 +461,20 @@ def test_a_damaged_header_is_refused_or_harmless(whole: Path, tmp_path: Path, at
         latents.batch(range(len(latents)))
     except DataError as error:
         assert SHARDS[0] in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("column", [2, 3])
+def test_text_that_leads_out_of_the_file_is_refused(whole: Path, tmp_path: Path, column: int) -> None:
+    """An offset of Arrow's is followed without a question: a wrong one would end the process, or show its memory."""
+    path = damaged(whole, tmp_path) / SHARDS[0]
+    data = bytearray(path.read_bytes())
+    batch = next(iter(pa.ipc.open_stream(bytes(data))))
+    offsets = batch.column(column).buffers()[1].to_pybytes()
+    at = data.index(offsets[:40])
+    data[at + 8 : at + 12] = (1 << 30).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=f"damaged\n.*{SHARDS[0]}"):
+        LatentCache(path.parent)
 
 
 def edited(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
