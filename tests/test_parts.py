@@ -181,9 +181,7 @@ def test_a_missing_part_is_an_error_of_ours(pipeline: Path, gone: str) -> None:
 def test_a_tokenizer_with_more_words_than_the_encoder(pipeline: Path) -> None:
     config = json.loads((pipeline / "text_encoder/config.json").read_text())
     (pipeline / "text_encoder/config.json").write_text(json.dumps({**config, "vocab_size": 500}))
-    rewrite(
-        pipeline / TEXT, lambda ts: {n: t[:500].clone() if "token_embedding" in n else t for n, t in ts.items()}
-    )
+    rewrite(pipeline / TEXT, lambda ts: {n: t[:500].clone() if "token_embedding" in n else t for n, t in ts.items()})
     with pytest.raises(VerificationError, match="tokenizer is not the text encoder's"):
         load_parts(pipeline)
 

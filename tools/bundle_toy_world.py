@@ -77,14 +77,14 @@ def main() -> None:
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[48, 64, 96],
+        block_out_channels=[32, 48, 64],
         norm_num_groups=8,
         sample_size=32,
         force_upcast=False,
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=[64, 96, 112, 112],  # the last two alike, so that bk_tiny can leave the last out
+        block_out_channels=[32, 64, 128, 128],  # the last two alike, so that bk_tiny can leave the last out
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=8,

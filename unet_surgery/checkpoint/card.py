@@ -16,11 +16,17 @@ from unet_surgery.errors import escaped
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import SurgeryPlan, quantity, shapes_of
 
-__all__ = ["PICTURE", "CardFacts", "write_card"]
+__all__ = ["PICTURE", "CardFacts", "TrainingFacts", "trained_card", "write_card"]
 
 PICTURE = "architecture.svg"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "unet-surgery"]
 PROJECT = "[unet-surgery](https://pypi.org/project/unet-surgery/)"
+UNTRAINED_LIMIT = "Untrained, as said above; nothing was measured on pictures."
+REBUILT = "this writes the same bytes."
+REBUILT_UNTRAINED = (
+    "this writes the same files without the training; the run in `training.json` makes the rest, "
+    "up to what hardware and versions round."
+)
 _URL = re.compile(r"https://[A-Za-z0-9][\w./~%+-]*")
 
 
@@ -44,6 +50,69 @@ class CardFacts:
     own_parts: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     compared: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """What the card says of a training run. Text in it is this package's own, or the user's run file's.
+
+    ``stages`` are (name, steps, batch, teacher, rate and schedule, terms with their weights); ``losses`` rows of the
+    loss at some steps, under ``loss_columns``; ``pictures`` names files of the folder: title → file.
+    """
+
+    version: str
+    weights: str
+    data: str
+    images: int
+    stages: tuple[tuple[str, int, int, str, str, str], ...]
+    loss_columns: tuple[str, ...]
+    losses: tuple[tuple[str, ...], ...]
+    pictures: tuple[tuple[str, str], ...]
+
+
+def trained_card(card: str, plan: SurgeryPlan | None, facts: TrainingFacts) -> str:
+    """Return the card of a student that was trained: ``card``, its section on training, and no claim that it was not.
+
+    What somebody has written into the card since stays as it is.
+    """
+    section = "## Training\n\n" + _training(facts)
+    if plan is not None:
+        card = card.replace(_untrained(plan), _now_trained(facts))
+        card = card.replace(f"- {UNTRAINED_LIMIT}\n", "- What was measured on it is said above; nothing else was.\n")
+        card = card.replace(REBUILT, REBUILT_UNTRAINED)
+    head, heading, rest = card.partition("\n## Recipe\n")
+    if not heading:
+        return f"{card.rstrip()}\n\n{section}\n"
+    return f"{head.rstrip()}\n\n{section}\n{heading}{rest}"
+
+
+def _now_trained(facts: TrainingFacts) -> str:
+    steps = sum(stage[1] for stage in facts.stages)
+    return f"> **Trained** for {steps:,} steps on {facts.images:,} samples after the surgery; see below."
+
+
+def _training(facts: TrainingFacts) -> str:
+    lines = [
+        f"{facts.data} {facts.weights} By {PROJECT} {facts.version}; `training.json` holds the whole run file.",
+        "",
+        "| stage | steps | batch | teacher | learning rate | loss |",
+        "|---|---:|---:|---|---|---|",
+    ]
+    lines += [
+        "| " + " | ".join(_cell(value) for value in (name, f"{steps:,}", f"{batch:,}", teacher, rate, terms)) + " |"
+        for name, steps, batch, teacher, rate, terms in facts.stages
+    ]
+    if facts.losses:
+        lines += ["", "| " + " | ".join(map(_cell, facts.loss_columns)) + " |"]
+        lines += ["|" + "---:|" * len(facts.loss_columns)]
+        lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in facts.losses]
+    lines += [f"\n![{title}]({file})" for title, file in facts.pictures]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return text that stays one cell of a table, and is shown as it is."""
+    return re.sub(r"([\\|`*_\[\]<>])", r"\\\1", escaped(text))
 
 
 def write_card(plan: SurgeryPlan, facts: CardFacts) -> str:
@@ -100,10 +169,16 @@ def _opening(plan: SurgeryPlan) -> str:
 A smaller Stable Diffusion U-Net: {_teacher(plan)} without the layers that the recipe `{recipe}` names,
 {quantity(before.params)} parameters brought down to {quantity(after.params)}. Made by {PROJECT}.
 
-> **Not trained yet.** {_origin(plan)}, and no layer has learned to do without its removed
-> neighbours. As it is, this model draws broken pictures: distil it from its teacher before you use it.
+{_untrained(plan)}
 
 ![The U-Net of {recipe}: what was kept, and what was removed]({PICTURE})"""
+
+
+def _untrained(plan: SurgeryPlan) -> str:
+    return (
+        f"> **Not trained yet.** {_origin(plan)}, and no layer has learned to do without its removed\n"
+        "> neighbours. As it is, this model draws broken pictures: distil it from its teacher before you use it."
+    )
 
 
 def _origin(plan: SurgeryPlan) -> str:
@@ -191,7 +266,7 @@ def _rebuild(plan: SurgeryPlan, facts: CardFacts) -> str:
     teacher = facts.address or (plan.teacher_id if plan.teacher_id != LOCAL else "path/to/the/teacher")
     words = ["unet-surgery", "prune", "--recipe", "recipe.yaml", "--teacher", teacher, *facts.options]
     text = _fenced("console", f"$ {shlex.join(words)}\n")
-    text += f"\nWith unet-surgery {facts.version} and the same teacher this writes the same bytes."
+    text += f"\nWith unet-surgery {facts.version} and the same teacher {REBUILT}"
     if plan.teacher_weights is not None:
         files = "\n".join(
             f"- `{file.name}`, {file.bytes:,} bytes, sha256 of its header `{file.header_sha256}`"
@@ -209,7 +284,7 @@ def _rebuild(plan: SurgeryPlan, facts: CardFacts) -> str:
 
 def _limits(plan: SurgeryPlan, facts: CardFacts) -> str:
     items = [
-        "Untrained, as said above; nothing was measured on pictures.",
+        UNTRAINED_LIMIT,
         "What the teacher does badly or must not be used for, the student inherits; see the teacher's own card.",
         "It is a stock `UNet2DConditionModel` and loads in diffusers. Other runtimes often know published shapes only.",
     ]

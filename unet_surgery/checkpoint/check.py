@@ -16,7 +16,7 @@ from unet_surgery.checkpoint.layout import choose_weights
 from unet_surgery.checkpoint.match import check_shapes
 from unet_surgery.checkpoint.part_files import PartFiles, part_files, same_file
 from unet_surgery.checkpoint.reader import Weights, open_weights
-from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE
+from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.teacher import TeacherFolder
 from unet_surgery.checkpoint.writer import student_tensors
 from unet_surgery.errors import (
@@ -42,6 +42,7 @@ MAX_PLAN_BYTES = 2 * MAX_JSON_BYTES  # SDXL's has half a megabyte
 class CheckReport:
     """What was checked. ``compared_bytes`` is 0 where no teacher was given.
 
+    ``is_trained``: its weights are its own, and only names, shapes, dtypes and the other parts were compared.
     ``by_range``: it was compared with parts of the teacher's files, which cannot be compared with their checksums.
     """
 
@@ -53,6 +54,7 @@ class CheckReport:
     compared_bytes: int
     compared_files: int
     by_range: bool = False
+    is_trained: bool = False
 
 
 def read_plan(student: Path) -> SurgeryPlan:
@@ -115,17 +117,19 @@ def check_student(
         _check_plan(plan, folder, max_header_bytes)
         _check_config(plan, config, unet)
         _check_names(plan, weights, folder)
-        zeros = [name for name, source in plan.weights.items() if source is None]
+        is_trained = (folder / TRAINING).is_file()
+        zeros = [name for name, source in plan.weights.items() if source is None and not is_trained]
         bad = [name for name in zeros if any(any(chunk) for chunk in _chunks(weights, name))]
         if bad:
             raise _differing("tensors that must be zero are not", bad, unet)
         if teacher is None:
-            return CheckReport(plan, unet, len(weights), len(zeros), 0, 0, 0)
+            return CheckReport(plan, unet, len(weights), len(zeros), 0, 0, 0, is_trained=is_trained)
         with teacher.open_weights() as originals:
             check_identity(plan, originals, teacher)
-            num_bytes = _compare(plan, weights, originals, unet, progress)
+            num_bytes = 0 if is_trained else _compare(plan, weights, originals, unet, progress)
             files = _compare_parts(folder, part_files(teacher, originals)) if unet != folder else 0
-        return CheckReport(plan, unet, len(weights), len(zeros), len(weights) - len(zeros), num_bytes, files)
+        compared = 0 if is_trained else len(weights) - len(zeros)
+        return CheckReport(plan, unet, len(weights), len(zeros), compared, num_bytes, files, is_trained=is_trained)
 
 
 def _not_as_planned(error: TeacherError) -> VerificationError:

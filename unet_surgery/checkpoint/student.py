@@ -24,11 +24,12 @@ from unet_surgery.errors import OutputError, SurgeryError, first_few
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 from unet_surgery.picture import draw
 
-__all__ = ["CONFIG", "PLAN", "RECIPE", "StudentOptions", "check_output", "config_text", "write_student"]
+__all__ = ["CONFIG", "PLAN", "RECIPE", "TRAINING", "StudentOptions", "check_output", "config_text", "write_student"]
 
 log = logging.getLogger(__name__)
 
 CONFIG, PLAN, RECIPE = "config.json", "plan.json", "recipe.yaml"
+TRAINING = "training.json"  # of a student that was trained: its weights are its own
 SLACK_SECONDS = 2.0  # of a copy's times, and of file systems that count in even seconds
 
 

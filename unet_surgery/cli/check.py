@@ -46,7 +46,10 @@ def check(
     show(f"{folder}: config, {report.num_tensors} tensor names, shapes and dtypes are the plan's")
     if report.num_zero_tensors:
         show(f"{report.num_zero_tensors} tensors are zeros, as planned")
-    if teacher is None:
+    if report.is_trained:
+        files = f"; {report.compared_files} other files equal the teacher's" if teacher is not None else ""
+        show(f"it was trained, so its weights are its own and were not compared{files}")
+    elif teacher is None:
         show("bytes were not compared: give --teacher")
     else:
         show(

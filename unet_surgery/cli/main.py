@@ -11,6 +11,7 @@ from unet_surgery.cli.cache import cache
 from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
 from unet_surgery.cli.convert import convert
+from unet_surgery.cli.distill import distill
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
 from unet_surgery.cli.export import export
@@ -57,6 +58,7 @@ app.command()(draw)
 app.command()(prune)
 app.command()(check)
 app.command()(verify)
+app.command()(distill)
 app.command()(export)
 app.command()(push)
 app.command()(controlnet)

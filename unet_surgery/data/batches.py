@@ -6,7 +6,7 @@ B batch · C latent channels · H, W latent size · T tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -23,21 +23,24 @@ __all__ = ["Batch", "Batches", "TrainingSet", "prepared"]
 class TrainingSet(Protocol):
     """Samples by index: pictures or their latents, and the token ids of their captions."""
 
-    latents: Literal["moments", "pixels"]
-    """What ``batch`` gives: the VAE's posterior [n, 2C, h, w], means then deviations, unscaled; or pixels [n, 3, H, W]
-    from -1 to 1, which are still to be encoded."""
-    fingerprint: str
-    """Changes when what ``batch`` gives for an index does."""
+    @property
+    def latents(self) -> Literal["moments", "pixels"]:
+        """What ``batch`` gives: the VAE's posterior [n, 2C, h, w], means then deviations, unscaled, float16.
+
+        Or pixels [n, 3, H, W] from -1 to 1, float32, which are still to be encoded.
+        """
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when what ``batch`` gives for an index does."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return images as said above and token ids [n, T]; called from several threads."""
-        ...
+        """Return images as said above and token ids, int64 [n, T]; called from several threads."""
 
     def empty_ids(self) -> Tensor:
-        """Return the token ids [T] of an empty caption."""
-        ...
+        """Return the token ids of an empty caption, int64 [T]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,8 @@ class Batch:
     posterior_BCHW: Tensor
     noise_BCHW: Tensor
     offset_BC: Tensor
-    uniforms_B: Tensor
-    """For the timestep."""
+    uniforms_B2: Tensor
+    """For the timestep: its place, and which of two distributions it is of."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``, copied without waiting where its memory is pinned."""
@@ -85,13 +88,13 @@ class Batches:
             torch.from_numpy(self.noise.normals("posterior", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("noise", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("offset", start, count, self.latent_shape[:1])),
-            torch.from_numpy(self.noise.uniforms("timestep", start, count)[:, 0].copy()),
+            torch.from_numpy(self.noise.uniforms("timestep", start, count, 2).copy()),
         )
 
 
 def prepared(
-    batches: Batches, starts: Sequence[int], count: int, device: torch.device, *, workers: int = 2
-) -> Iterator[Batch]:
+    batches: Batches, starts: Iterable[int], count: int, device: torch.device, *, workers: int = 2
+) -> Generator[Batch]:
     """Yield the batches at ``starts`` in order, on ``device``, each made ahead of time by one of ``workers`` threads.
 
     Raises what making a batch raises. Close the generator to let go of the threads.

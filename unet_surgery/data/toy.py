@@ -44,7 +44,8 @@ def scenes_of(objects: Literal["one", "two"], split: Split) -> tuple[Scene, ...]
 class ToyPictures:
     """``count`` pictures with captions; number i is a pure function of (seed, i), whatever the count.
 
-    ``two_share`` is the share of scenes of two things where ``objects`` is "both". The tokenizer is a ``CLIPTokenizer``.
+    ``two_share`` is the share of scenes of two things where ``objects`` is "both". The tokenizer is a
+    ``CLIPTokenizer``.
 
     Raises:
         DataError: the tokenizer's longest text is shorter than a caption, or an argument is out of its range.
@@ -66,7 +67,7 @@ class ToyPictures:
                 "toy pictures are counted from 1, their share of pairs from 0 to 1", found=f"{count}, {two_share}"
             )
         self._count = count
-        self._seed = int(mixed([seed], 0)[0])
+        self._seed = int(mixed([seed % 2**64], 0)[0])
         self._two_share = {"one": 0.0, "two": 1.0, "both": two_share}[objects]
         self._pools = scenes_of("one", split), scenes_of("two", split)
         self._ids = _Ids(tokenizer)
@@ -99,8 +100,8 @@ class ToyPictures:
         """Return pixels, float32 [n, 3, 32, 32] in −1…1, and token ids, int64 [n, T]."""
         scenes = self.scenes(indices)
         pictures = draw_many(scenes, mixed(self._keys(indices), 3))
-        pixels_BCHW = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-        return pixels_BCHW.contiguous(), torch.stack([self._ids(caption(scene)) for scene in scenes])
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+        return pixels.contiguous(), torch.stack([self._ids(caption(scene)) for scene in scenes])
 
     def empty_ids(self) -> Tensor:
         """Return the token ids of an empty caption, int64 [T]."""
@@ -108,7 +109,7 @@ class ToyPictures:
 
     def _keys(self, indices: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint64]]:
         numbers = np.asarray(indices, dtype=np.int64)
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < self._count):
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < self._count):
             raise IndexError(f"picture {int(numbers.max())} of {self._count}")
         return numbers.astype(np.uint64) ^ np.uint64(self._seed)
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from unet_surgery.data.batches import Batch
+from unet_surgery.data.encode import encode_moments
 from unet_surgery.distill import objectives
-from unet_surgery.distill.config import Stage
+from unet_surgery.distill.config import NoiseConfig, Objectives, Stage
 from unet_surgery.distill.diffusion import NoiseSchedule, draw_timesteps, offset_noise
 from unet_surgery.runtime.parts import Parts
 
-__all__ = ["Compute", "Inputs", "Terms"]
+__all__ = ["Compute", "Inputs", "Preparation", "Terms", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,73 +42,82 @@ class Terms:
     """The mean square of each of the teacher's activations."""
 
 
-@dataclass(slots=True)
-class Compute:
-    """A stage's loss as a function of a batch."""
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What makes a batch into the networks' inputs; nothing of it is trained."""
 
-    student: nn.Module
-    teacher: nn.Module | None
     parts: Parts
     schedule: NoiseSchedule
-    stage: Stage
-    latents: str
+    noise: NoiseConfig
+    latents: Literal["moments", "pixels"]
     channels_last: bool
-    compare: Callable[..., Terms]
-    """:func:`compare`, perhaps compiled."""
 
-    def __call__(self, batch: Batch, power_P: Tensor) -> Terms:
-        """Return the loss of a micro-batch; ``power_P`` divides the feature terms."""
+    def __call__(self, batch: Batch) -> Inputs:
+        """Return noisy latents, timesteps, prompt embeddings and the target."""
         with torch.no_grad():
-            inputs = self.inputs(batch)
-            theirs = None
-            if self.teacher is not None:
-                theirs = self.teacher(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
-        ours = self.student(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
-        weights_B = self._task_weights(inputs.timesteps_B)
-        return self.compare(self.stage, ours, theirs, inputs.target_BCHW, weights_B, power_P)
-
-    def teacher_power(self, batch: Batch) -> Tensor:
-        """Return the mean square of each of the teacher's activations [P]."""
-        assert self.teacher is not None
-        with torch.no_grad():
-            inputs = self.inputs(batch)
-            _, taps = self.teacher(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
-            return objectives.mean_squares(taps)
-
-    def inputs(self, batch: Batch) -> Inputs:
-        """Return noisy latents, timesteps, prompt embeddings and the target; nothing of it is differentiated."""
-        latents_BCHW = self._latents(batch)
-        noise_BCHW = offset_noise(batch.noise_BCHW, batch.offset_BC, self.stage.noise.offset)
-        timesteps_B = draw_timesteps(batch.uniforms_B, self.schedule.num_timesteps, self.stage.noise.timesteps)
-        noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
-        target_BCHW = self.schedule.target(latents_BCHW, noise_BCHW, timesteps_B)
-        dtype = self.parts.text_encoder.dtype
-        noisy_BCHW = noisy_BCHW.to(dtype)
-        if self.channels_last:
-            noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
-        prompt_embeds_BTD = self.parts.text_encoder(batch.token_ids_BT)[0]
+            latents_BCHW = self._latents(batch)
+            noise_BCHW = offset_noise(batch.noise_BCHW, batch.offset_BC, self.noise.offset)
+            timesteps_B = draw_timesteps(batch.uniforms_B2, self.schedule.num_timesteps, self.noise.timesteps)
+            noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
+            target_BCHW = self.schedule.target(latents_BCHW, noise_BCHW, timesteps_B)
+            noisy_BCHW = noisy_BCHW.to(self.parts.text_encoder.dtype)
+            if self.channels_last:
+                noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
+            prompt_embeds_BTD = self.parts.text_encoder(batch.token_ids_BT)[0]
         return Inputs(noisy_BCHW, timesteps_B, prompt_embeds_BTD, target_BCHW)
 
     def _latents(self, batch: Batch) -> Tensor:
         """Return a sample of the VAE's posterior, scaled, fp32."""
         vae = self.parts.vae
-        if self.latents == "pixels":
-            posterior = vae.encode(batch.images.to(vae.dtype)).latent_dist
-            mean_BCHW, std_BCHW = posterior.mean.float(), posterior.std.float()
-        else:
-            mean_BCHW, std_BCHW = batch.images.float().chunk(2, dim=1)
+        moments = encode_moments(vae, batch.images) if self.latents == "pixels" else batch.images.float()
+        mean_BCHW, std_BCHW = moments.chunk(2, dim=1)
         scaled: Tensor = (mean_BCHW + std_BCHW * batch.posterior_BCHW) * vae.config.scaling_factor
         return scaled
 
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A stage's loss as a function of a batch; the networks return their taps, and any part may be compiled."""
+
+    stage: Stage
+    prepare: Preparation
+    student: nn.Module
+    teacher: nn.Module | None
+    compare: Callable[..., Terms]
+    """:func:`compare`."""
+
+    def __call__(self, batch: Batch, power_P: Tensor) -> Terms:
+        """Return the loss of a micro-batch; ``power_P`` divides the feature terms."""
+        inputs = self.prepare(batch)
+        theirs = self._theirs(inputs)
+        ours = self.student(inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD)
+        weights_B = self._task_weights(inputs.timesteps_B)
+        return self.compare(self.stage.objectives, ours, theirs, inputs.target_BCHW, weights_B, power_P)
+
+    def teacher_power(self, batch: Batch) -> Tensor:
+        """Return the mean square of each of the teacher's activations [P]."""
+        theirs = self._theirs(self.prepare(batch))
+        assert theirs is not None
+        return objectives.mean_squares(theirs[1])
+
+    def _theirs(self, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        if self.teacher is None:
+            return None
+        with torch.no_grad():  # inference_mode would make tensors that no backward may save
+            result: tuple[Tensor, tuple[Tensor, ...]] = self.teacher(
+                inputs.noisy_BCHW, inputs.timesteps_B, inputs.prompt_embeds_BTD
+            )
+        return result
+
     def _task_weights(self, timesteps_B: Tensor) -> Tensor | None:
-        gamma = self.stage.objectives.min_snr
+        gamma, schedule = self.stage.objectives.min_snr, self.prepare.schedule
         if gamma is None:
             return None
-        return objectives.min_snr_weights(self.schedule.snr(timesteps_B), self.schedule.prediction_type, gamma)
+        return objectives.min_snr_weights(schedule.snr(timesteps_B), schedule.prediction_type, gamma)
 
 
 def compare(
-    stage: Stage,
+    wanted: Objectives,
     ours: tuple[Tensor, tuple[Tensor, ...]],
     theirs: tuple[Tensor, tuple[Tensor, ...]] | None,
     target_BCHW: Tensor,
@@ -114,7 +125,6 @@ def compare(
     power_P: Tensor,
 ) -> Terms:
     """Return the terms between (prediction, activations) of student and teacher; a term of weight 0 is not computed."""
-    wanted = stage.objectives
     none = torch.zeros((), device=target_BCHW.device)
     task = objectives.task(ours[0], target_BCHW, weights_B)
     output = objectives.output_kd(ours[0], theirs[0]) if theirs is not None else none

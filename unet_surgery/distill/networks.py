@@ -12,6 +12,7 @@ import torch
 from unet_surgery.checkpoint.check import read_plan, unet_folder
 from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.weights import DTYPES
@@ -113,8 +114,9 @@ def load_teacher(folder: Path, base: Path, speed: Speed, device: torch.device) -
             raise RunError(
                 "teacher and student predict different things", where=str(theirs), expected=kinds[1], found=kinds[0]
             )
-    unet = load_unet(folder).to(device=device, dtype=DTYPES[speed.dtype]).eval().requires_grad_(False)
-    return unet.to(memory_format=torch.channels_last) if speed.channels_last else unet
+    unet = load_unet(folder).eval().requires_grad_(False)
+    moved = torch.nn.Module.to(unet, device=device, dtype=DTYPES[speed.dtype])  # diffusers' own warns of nothing
+    return moved.to(memory_format=torch.channels_last) if speed.channels_last else moved
 
 
 def load_base(folder: Path, speed: Speed, device: torch.device) -> tuple[Parts, NoiseSchedule]:
@@ -133,4 +135,3 @@ def recompute(unet: Any, kind: str) -> None:
         for module in unet.modules():
             if hasattr(module, "gradient_checkpointing") and id(module) not in finest:
                 module.gradient_checkpointing = False
-

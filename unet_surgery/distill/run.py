@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from unet_surgery.data.batches import Batch, Batches, prepared
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.config import RunConfig
+from unet_surgery.distill.finish import write_trained
+from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.identity import identity, refuse_changes
-from unet_surgery.distill.metrics import Metrics
+from unet_surgery.distill.metrics import METRICS, Metrics
 from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import Base, micro_batches, open_base, set_up
@@ -37,6 +39,8 @@ from unet_surgery.version import __version__
 __all__ = ["Progress", "Result", "distill"]
 
 log = logging.getLogger(__name__)
+
+STUDENT, PICTURES = "student", "pictures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +104,14 @@ class _Run:
     stop: _Stop
     on_progress: OnProgress
     identity: dict[str, Any]
+    gallery: Gallery
     clock: _Clock = field(default_factory=_Clock)
     roll_backs: int = 0
+
+    def close(self) -> None:
+        """Close the metrics, whichever are open: a roll-back opens them again."""
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +173,11 @@ def _run(
         refuse_changes(before, {**config.model_dump(mode="json"), "identity": known}, str(folder))
         log.warning("going on after step %d of %d", state.step, config.num_steps)
     step = 0 if state is None else state.step
-    metrics = stack.enter_context(Metrics(folder, step=step)) if world.is_main else None
+    metrics = Metrics(folder, step=step) if world.is_main else None
     stop = stack.enter_context(_Stop())
-    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known)
+    gallery = Gallery(folder / PICTURES, config.pictures, base.parts, world)
+    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery)
+    stack.callback(run.close)
     place = _Place(0, 0, 0)
     for number, stage in enumerate(config.stages):
         if state is None or state.step < place.first_step + stage.steps:
@@ -204,7 +216,8 @@ def _stage(run: _Run, place: _Place, state: TrainingState | None) -> TrainingSta
             step = 0 if state is None else state.step
             log.warning("back to step %d, and on with other noise (roll-back %d)", step, run.roll_backs)
             if run.metrics is not None:
-                run.metrics.go_back(step)
+                run.metrics.close()
+                run.metrics = Metrics(run.folder, step=step)
 
 
 def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> TrainingState:
@@ -222,6 +235,8 @@ def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> Traini
             if step % run.config.log.every == 0 or is_last or is_stopping:
                 _log(run, place, trainer, number + 1)
             with run.clock.paused():
+                if _is_due(run.config, step):
+                    trainer.draw(run.gallery, step)
                 if is_last or is_stopping:
                     return _save(run, place, trainer, step)
                 if step % every == 0:
@@ -229,7 +244,7 @@ def _train(run: _Run, place: _Place, trainer: StageTrainer, done: int) -> Traini
     raise AssertionError("a stage has at least one step")
 
 
-def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Iterator[Batch]:
+def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Generator[Batch]:
     """Return this process's micro-batches of a stage, from the step that follows ``done`` finished ones."""
     stage, world, seed = run.config.stages[place.number], run.world, run.config.seed
     batches = Batches(
@@ -247,15 +262,22 @@ def _batches(run: _Run, place: _Place, done: int, size: int, count: int) -> Iter
     return prepared(batches, starts, size, world.device, workers=run.config.data.workers)
 
 
+def _is_due(config: RunConfig, step: int) -> bool:
+    """True if pictures are drawn after ``step``: at the end, and every so often."""
+    every = config.pictures.every
+    return bool(config.pictures.prompts) and (step == config.num_steps or (every is not None and step % every == 0))
+
+
 def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
     measured = trainer.look()
     stage, step = run.config.stages[place.number], place.first_step + number
     rate = run.clock.images_per_second()
     if run.metrics is not None:
         terms = measured.terms
-        values = {
+        images = place.first_sample + number * stage.batch
+        values: dict[str, float | str] = {
             "stage": stage.name,
-            "images": place.first_sample + number * stage.batch,
+            "images": images,
             "loss": measured.loss,
             **terms,
             "grad_norm": measured.grad_norm,
@@ -264,7 +286,7 @@ def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
             "images_per_second": rate,
         }
         run.metrics.append(step, values)
-        left = sum(s.steps * s.batch for s in run.config.stages) - values["images"]
+        left = sum(s.steps * s.batch for s in run.config.stages) - images
         run.on_progress(Progress(step, run.config.num_steps, rate, left / rate, measured.loss, None))
     if measured.most_bad_in_a_row > run.config.trouble.max_in_a_row:
         if run.roll_backs >= run.config.trouble.max_roll_backs:
@@ -336,7 +358,22 @@ def _save_if_possible(run: _Run, place: _Place, trainer: StageTrainer, step: int
 
 
 def _finish(run: _Run, state: TrainingState) -> Path:
-    raise NotImplementedError
+    """Write the finished student, with the averaged weights; the main process does."""
+    out = run.folder / STUDENT
+    if run.world.is_main:
+        lines = [json.loads(line) for line in (run.folder / METRICS).read_text("utf-8").splitlines()]
+        pictures = sorted((run.folder / PICTURES).glob("step-*.png"))
+        write_trained(
+            run.folders.student,
+            out,
+            run.config,
+            state.tensors["ema"],
+            num_samples=len(run.base.samples),
+            metrics=lines,
+            samples=pictures[-1].read_bytes() if pictures else None,
+        )
+    run.world.barrier()
+    return out
 
 
 class _Stop:

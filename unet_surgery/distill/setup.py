@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unet_surgery.data.batches import TrainingSet
-from unet_surgery.distill.compute import Compute, compare
+from unet_surgery.data.batches import Batches, TrainingSet
+from unet_surgery.data.keyed import KeyedNoise
+from unet_surgery.data.order import Order
+from unet_surgery.distill.compute import Compute, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.networks import (
@@ -23,16 +25,20 @@ from unet_surgery.distill.networks import (
     recompute,
 )
 from unet_surgery.distill.pairs import check_pairs, choose_pairs, tapped
+from unet_surgery.distill.similarity import match_layers
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.weights import DTYPES, TrainedWeights
 from unet_surgery.distill.world import World
 from unet_surgery.errors import RunError
+from unet_surgery.lower.features import FeaturePair
 from unet_surgery.runtime.parts import Parts
 from unet_surgery.runtime.taps import Tapped, tap_name
 
 __all__ = ["Base", "latent_shape", "micro_batches", "open_base", "set_up"]
 
 log = logging.getLogger(__name__)
+
+CALIBRATION, CALIBRATION_BATCHES = 16, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,14 @@ def _open_samples(config: RunConfig, parts: Parts) -> TrainingSet:
     if data.cache is not None:
         from unet_surgery.data.latents import LatentCache
 
-        return LatentCache(Path(data.cache), parts)
+        return LatentCache(data.cache, model=parts)
     if data.images is not None:
         from unet_surgery.data.images import PictureSet
         from unet_surgery.data.sources import open_source
 
         source = open_source(data.images, caption_column=data.caption_column)
         return PictureSet(source, parts.tokenizer, data.resolution, max_bad=data.max_bad)
-    from unet_surgery.data.images import encode_all
+    from unet_surgery.data.memory import encode_all
     from unet_surgery.data.toy import ToyPictures
 
     assert data.toy is not None
@@ -126,37 +132,43 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
     student = student.to(world.device)
     if speed.channels_last:
         student = student.to(memory_format=torch.channels_last)
+    prepare = Preparation(base.parts, base.schedule, stage.noise, base.samples.latents, speed.channels_last)
+    pairs = () if teacher is None else _pairs(config, stage, folders, student, teacher, base, prepare)
     recompute(student, speed.checkpointing)
-    tapped_student, tapped_teacher, pairs = _tapped(stage, folders, student, teacher, base)
-    weights = TrainedWeights(tapped_student, DTYPES[speed.dtype], world)
+    ours, theirs = Tapped(student, ()), None
+    if teacher is not None:
+        ours, theirs = tapped(student, teacher, pairs)
+        check_pairs(ours, theirs, pairs, _example(base))
+    weights = TrainedWeights(ours, DTYPES[speed.dtype], world)
     compute = Compute(
+        stage,
+        prepare,
         student=_compiled(weights.run, speed.compile),
-        teacher=None if tapped_teacher is None else _compiled(tapped_teacher, speed.compile),
-        parts=base.parts,
-        schedule=base.schedule,
-        stage=stage,
-        latents=base.samples.latents,
-        channels_last=speed.channels_last,
+        teacher=None if theirs is None else _compiled(theirs, speed.compile),
         compare=_compiled(compare, speed.compile),
     )
-    return StageTrainer(
-        world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16"
-    )
+    names = tuple(f"feature/{tap_name(pair.student)}" for pair in pairs)
+    return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=names, scales_loss=speed.dtype == "fp16")
 
 
 def _compiled(what: Any, wanted: bool) -> Any:
     return torch.compile(what, dynamic=False) if wanted else what
 
 
-def _tapped(
-    stage: Stage, folders: Folders, student: nn.Module, teacher: nn.Module | None, base: Base
-) -> tuple[Tapped, Tapped | None, tuple[str, ...]]:
-    """Return both networks with their taps, and the names of the pairs."""
-    if teacher is None:
-        return Tapped(student, ()), None, ()
+def _pairs(
+    config: RunConfig,
+    stage: Stage,
+    folders: Folders,
+    student: nn.Module,
+    teacher: nn.Module,
+    base: Base,
+    prepare: Preparation,
+) -> tuple[FeaturePair, ...]:
     wanted = stage.objectives.feature_kd
     if wanted.weight == 0:
-        return Tapped(student, ()), Tapped(teacher, ()), ()
+        return ()
+    if wanted.pairs == "similarity":
+        return _similar(config, student, teacher, base, prepare)
     plan = read_student_plan(folders.student)
     if plan is None:
         raise RunError(
@@ -165,10 +177,24 @@ def _tapped(
             expected="plan.json, as unet-surgery prune writes it",
             hint="prune the teacher, or give feature_kd the weight 0",
         )
-    pairs = choose_pairs(wanted.pairs, plan)
-    ours, theirs = tapped(student, teacher, pairs)
-    check_pairs(ours, theirs, pairs, _example(base))
-    return ours, theirs, tuple(f"feature/{tap_name(pair.student)}" for pair in pairs)
+    return choose_pairs(wanted.pairs, plan)
+
+
+def _similar(
+    config: RunConfig, student: nn.Module, teacher: nn.Module, base: Base, prepare: Preparation
+) -> tuple[FeaturePair, ...]:
+    """Match layers on the run's first samples.
+
+    The student has the weights that it was pruned with: in a resumed run or a later stage, those of the beginning.
+    """
+    device, dtype = next(teacher.parameters()).device, next(teacher.parameters()).dtype
+    batches = Batches(base.samples, Order(len(base.samples), config.seed), KeyedNoise(config.seed), base.latent_shape)
+    inputs = [prepare(batches.at(i * CALIBRATION, CALIBRATION).to(device)) for i in range(CALIBRATION_BATCHES)]
+    rounded = nn.Module.to(copy.deepcopy(student), dtype)
+    found = match_layers(rounded, teacher, [(i.noisy_BCHW, i.timesteps_B, i.prompt_embeds_BTD) for i in inputs])
+    for pair in found.pairs:
+        log.info("%s is matched with the teacher's %s", tap_name(pair.student), tap_name(pair.teacher))
+    return found.pairs
 
 
 def _example(base: Base) -> tuple[Tensor, Tensor, Tensor]:

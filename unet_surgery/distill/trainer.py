@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unet_surgery.data.batches import Batch
 from unet_surgery.distill import objectives
 from unet_surgery.distill.compute import Compute
 from unet_surgery.distill.config import EmaConfig, Stage
 from unet_surgery.distill.ema import Ema
+from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.rates import RateConfig, rate
 from unet_surgery.distill.update import Update
 from unet_surgery.distill.weights import TrainedWeights
@@ -56,6 +57,7 @@ class StageTrainer:
         scales_loss: bool,
     ) -> None:
         self.weights = weights
+        self.unet_config = dict(_unet_of(weights.run).config)
         self.ema = Ema(
             dict(zip(weights.names, weights.masters, strict=True)), ema.decay, every=ema.every, warm_up=ema.warmup
         )
@@ -129,6 +131,15 @@ class StageTrainer:
         """Gathering needs all processes; keeping does not."""
         return {name: tensor for name, tensor in tensors if self._world.is_main}
 
+    def draw(self, gallery: Gallery, step: int) -> None:
+        """Draw the fixed prompts with the weights as they are; every process must ask."""
+        columns = {
+            "student": self.weights.whole(self.weights.masters),
+            "average": self.weights.whole(list(self.ema.state().values())),
+        }
+        teacher = self._compute.teacher
+        gallery.draw(step, self.unet_config, columns, None if teacher is None else _unet_of(teacher))
+
     def facts(self) -> dict[str, Any]:
         """Return the optimizer's counts; asks the device."""
         return self._update.facts()
@@ -155,3 +166,10 @@ class StageTrainer:
             tensors["power"]["sums"].to(device), tensors["power"]["weight"].to(device)
         )
         self._sums, self._num_steps = None, 0
+
+
+def _unet_of(network: nn.Module) -> Any:
+    """Return the U-Net inside what wraps it: taps, torch's DistributedDataParallel, torch.compile."""
+    for name in ("_orig_mod", "module"):
+        network = getattr(network, name, network)
+    return network.unet

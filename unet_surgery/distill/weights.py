@@ -52,7 +52,7 @@ class TrainedWeights:
             self._params = self.masters = list(params)
             return
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in params]
-        module.to(dtype)
+        nn.Module.to(module, dtype)
         self._params = list(module.parameters())
         for master in self.masters:
             master.grad = torch.zeros_like(master)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import UNet2DConditionModel
 
-__all__ = ["load_unet"]
+__all__ = ["load_unet", "stored_dtype"]
 
 SHOWN = 4
 
@@ -41,7 +41,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
             str(path),
             output_loading_info=True,
             local_files_only=True,
-            torch_dtype=_stored_dtype(path),
+            torch_dtype=stored_dtype(path),
             low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
@@ -57,7 +57,7 @@ def load_unet(folder: str | Path) -> UNet2DConditionModel:
     return unet
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype that most tensors are stored in: diffusers would load everything as fp32."""
     import torch
 

@@ -93,7 +93,9 @@ def judge(picture: NDArray[np.uint8], caption: str) -> Verdict:
     found["clean"] = reading.mess <= MAX_MESS_SHARE
     if found["count"]:
         orders = [reading.things] if len(scene.things) == 1 else [reading.things, reading.things[::-1]]
-        found |= max((_compare(scene, things) for things in orders), key=lambda right: sum(right.values()))
+        compared = [_compare(scene, things) for things in orders]
+        best: dict[str, bool] = max(compared, key=_num_right)
+        found |= best
     return Verdict(found, all(found.values()))
 
 
@@ -106,7 +108,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
     if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
         raise ValueError(f"a picture is uint8 [{SIDE}, {SIDE}, 3], not {picture.dtype} {list(picture.shape)}")
     pixels = picture.astype(np.float32)
-    squared = ((pixels[:, :, None, :] - _COLOURS) ** 2).sum(axis=3)
+    squared = (pixels**2).sum(axis=2)[..., None] - 2 * (pixels @ _COLOURS.T) + (_COLOURS**2).sum(axis=1)
     nearest = np.where(squared.min(axis=2) <= MAX_COLOUR_DISTANCE**2, squared.argmin(axis=2), len(_NAMES))
     counts = np.bincount(nearest.ravel(), minlength=len(_NAMES) + 1)
     ground = int(counts[: len(BACKGROUNDS)].argmax())
@@ -168,6 +170,10 @@ def _fit(colour: str, cover: NDArray[np.float32]) -> tuple[Seen, NDArray[np.floa
     size = "large" if radii[best] > SIZE_BORDER else "small"
     shape = SHAPES[best] if overlap[best] >= MIN_OVERLAP else None
     return Seen(size, colour, shape, x, y - float(lower[best])), drawn[best]
+
+
+def _num_right(found: dict[str, bool]) -> int:
+    return sum(found.values())
 
 
 def _compare(scene: Scene, things: Sequence[Seen]) -> dict[str, bool]:

@@ -18,11 +18,11 @@ MASK = (1 << 64) - 1
 
 
 def mixed(keys: ArrayLike, stream: int) -> NDArray[np.uint64]:
-    """Return 64 well-mixed bits for each key; every ``stream`` (≥ 0) gives others."""
+    """Return 64 well-mixed bits for each key (0 … 2⁶⁴ − 1); every ``stream`` (≥ 0) gives others."""
     import numpy as np
 
     step = np.uint64((GOLDEN * (2 * stream + 1)) & MASK)  # odd, so that no two keys of a stream meet
-    bits = np.atleast_1d(np.asarray(keys)).astype(np.uint64) * np.uint64(GOLDEN) + step
+    bits = np.atleast_1d(np.asarray(keys, dtype=np.uint64)) * np.uint64(GOLDEN) + step
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
     mixed_bits: NDArray[np.uint64] = bits ^ (bits >> np.uint64(31))

@@ -1,7 +1,7 @@
 """Pictures of scenes: 32 × 32, anti-aliased, each a pure function of a scene and a seed.
 
-Only additions, multiplications, divisions, minima and square roots of IEEE numbers, in a stated order: the bytes are the same on
-every platform. Lengths are in pixels; x grows to the right, y downwards; (0, 0) is the upper left corner.
+Only additions, multiplications, divisions, minima and square roots of IEEE numbers, in a stated order: the bytes are
+the same on every platform. Lengths are in pixels; x grows to the right, y downwards; (0, 0) is the upper left corner.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class _Layout:
 
 def draw(scene: Scene, seed: int) -> NDArray[np.uint8]:
     """Return the picture, [32, 32, 3]; the seed moves and resizes its things a little."""
-    return draw_many([scene], [seed])[0]
+    picture: NDArray[np.uint8] = draw_many([scene], [seed])[0]
+    return picture
 
 
 def draw_many(scenes: Sequence[Scene], seeds: Sequence[int] | NDArray[np.uint64]) -> NDArray[np.uint8]:
@@ -96,7 +97,8 @@ def draw_many(scenes: Sequence[Scene], seeds: Sequence[int] | NDArray[np.uint64]
         cover = coverage(layout.shapes, layout.x, layout.y, layout.radii)[..., None]
         colours = np.array([PALETTE[s.things[slot].colour] for s in chosen], dtype=np.float32).reshape(-1, 1, 1, 3)
         pictures[rows] += (colours - pictures[rows]) * cover
-    return np.floor(pictures + np.float32(0.5)).astype(np.uint8)
+    rounded: NDArray[np.uint8] = np.floor(pictures + np.float32(0.5)).astype(np.uint8)
+    return rounded
 
 
 def coverage(

@@ -1,0 +1,277 @@
+"""A run: it learns, ends in a student, goes on exactly where it stopped, and refuses what would make it another run."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import command, environment, metrics, run_command, run_data, write_pictures, write_run
+
+import unet_surgery as us
+from unet_surgery.distill import RunConfig, distill
+from unet_surgery.distill.state import load_state, state_folders
+from unet_surgery.errors import OutputBusyError, RunError, TrainingError, VerificationError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pruned student, pictures, and a latent cache of them."""
+    root = tmp_path_factory.mktemp("training")
+    us.prune("bk_tiny", "tiny-random", root / "student")
+    pictures = write_pictures(root / "pictures")
+    us.make_cache(pictures, "tiny-random", root / "cache", resolution=16)
+    return {"student": root / "student", "pictures": pictures, "cache": root / "cache"}
+
+
+@pytest.fixture(scope="module")
+def whole(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    distill(RunConfig.from_data(run_data(out, places["student"], {"cache": str(places["cache"])})))
+    return out
+
+
+def tensors_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return dict(load_state(state_folders(run)[-1]).tensors)
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Weights, average, moments and metrics, bit for bit."""
+    a, b = tensors_of(ours), tensors_of(theirs)
+    assert a.keys() == b.keys() == {"weights", "ema", "adam_exp_avg", "adam_exp_avg_sq", "power"}
+    for group, tensors in a.items():
+        assert tensors.keys() == b[group].keys()
+        assert all(torch.equal(tensor, b[group][name]) for name, tensor in tensors.items()), group
+    assert metrics(ours) == metrics(theirs)
+    weights = "student/unet/diffusion_pytorch_model.safetensors"
+    assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+
+
+def test_a_run_learns_and_ends_in_a_student(whole: Path, places: dict[str, Path]) -> None:
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["images"] == 24
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert len([key for key in lines[0] if key.startswith("feature/")]) == 6  # BK Tiny's pairs
+    student = whole / "student"
+    report = us.verify(student, "tiny-random").check
+    assert report.is_trained
+    assert report.compared_files > 0
+    start = us.load_unet(places["student"]).state_dict()
+    ema = tensors_of(whole)["ema"]
+    for name, tensor in us.load_unet(student).state_dict().items():
+        assert torch.equal(tensor, ema[name])
+        assert not torch.equal(tensor, start[name]), f"{name} was not trained"
+    card = (student / "README.md").read_text()
+    assert "Not trained yet" not in card
+    assert "Untrained" not in card
+    assert "**Trained** for 6 steps on 24 samples" in card
+    assert "training.svg" in card
+    assert str(whole.parent) not in card + (student / "training.json").read_text()
+    assert {p.name for p in student.iterdir()} >= {"training.json", "training.svg", "plan.json", "model_index.json"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_killed_run_goes_on_bit_for_bit(
+    whole: Path, places: dict[str, Path], tmp_path: Path, seed: int
+) -> None:
+    """SIGKILL the real command at random moments, start it again until it is done, and compare with the whole run."""
+    rng = random.Random(seed)
+    out = tmp_path / "run"
+    run = write_run(tmp_path / "run.yaml", run_data(out, places["student"], {"cache": str(places["cache"])}))
+    kills = 0
+    for _ in range(12):
+        child = subprocess.Popen(command("distill", str(run), "-q"), env=environment(), stderr=subprocess.PIPE)
+        seen = len(metrics(out)) if (out / "metrics.jsonl").is_file() else 0
+        if kills < 3:
+            _wait_for(lambda: (out / "metrics.jsonl").is_file() and len(metrics_bytes(out)) > seen, child)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.4))
+            child.send_signal(signal.SIGKILL)
+        _, errors = child.communicate(timeout=240)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors.decode()
+        kills += 1
+    else:
+        pytest.fail("it never came to its end")
+    assert kills > 0
+    assert_same(out, whole)
+
+
+def metrics_bytes(out: Path) -> list[bytes]:
+    return (out / "metrics.jsonl").read_bytes().splitlines()
+
+
+def _wait_for(condition: Any, child: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and child.poll() is None and not condition():
+        time.sleep(0.01)
+
+
+def test_a_signal_ends_a_run_with_a_checkpoint(whole: Path, places: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    data = run_data(out, places["student"], {"cache": str(places["cache"])}, save={"every": 1000})
+    run = write_run(tmp_path / "run.yaml", data)
+    child = subprocess.Popen(command("distill", str(run)), env=environment(), stderr=subprocess.PIPE)
+    _wait_for(lambda: (out / "metrics.jsonl").is_file() and metrics_bytes(out), child)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=240)
+    assert child.returncode == 143, errors.decode()
+    assert b"the same command goes on" in errors
+    (folder,) = state_folders(out)
+    assert 0 < load_state(folder).step < 6
+    again = run_command("distill", str(run))
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stderr
+    assert again.stdout.strip() == str(out / "student")
+    assert_same(out, whole)
+
+
+def test_accumulation_changes_nothing_but_rounding(whole: Path, places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, micro_batch=1)
+    distill(RunConfig.from_data(data))
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_pictures_instead_of_a_cache_give_the_same_losses(
+    whole: Path, places: dict[str, Path], tmp_path: Path
+) -> None:
+    """The cache's moments are rounded to half precision; nothing else differs."""
+    data = {"images": str(places["pictures"]), "resolution": 16}
+    distill(RunConfig.from_data(run_data(tmp_path / "run", places["student"], data, steps=2)))
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(whole), strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_stages_follow_each_other_and_resume(places: dict[str, Path], tmp_path: Path) -> None:
+    """Two stages, as OFA's: the task alone, then with a teacher; stopped in between, it goes on to the same weights."""
+    stages = [
+        {"name": "task", "steps": 2, "teacher": None, "objectives": {"output_kd": 0, "feature_kd": 0}},
+        {"name": "kd", "steps": 2, "optimizer": {"lr": 5e-4, "warmup": 1}},
+    ]
+    cache = {"cache": str(places["cache"])}
+    whole = run_data(tmp_path / "whole", places["student"], cache, stages=stages, save={"every": 1, "keep": 9})
+    distill(RunConfig.from_data(whole))
+    lines = metrics(tmp_path / "whole")
+    assert [line["stage"] for line in lines] == ["task", "task", "kd", "kd"]
+    assert [line["lr"] for line in lines] == [1e-3, 1e-3, 0.0, 5e-4]
+    assert lines[1]["output_kd"] == 0 < lines[2]["output_kd"]
+    for left in (1, 2, 3):  # as if it had been killed after so many steps
+        broken = tmp_path / f"after{left}"
+        (broken / "checkpoints").mkdir(parents=True)
+        for folder in state_folders(tmp_path / "whole"):
+            if load_state(folder).step <= left:
+                (broken / "checkpoints" / folder.name).symlink_to(folder)
+        (broken / "metrics.jsonl").write_bytes((tmp_path / "whole" / "metrics.jsonl").read_bytes())
+        distill(RunConfig.from_data({**whole, "output": str(broken)}))
+        assert_same(broken, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"optimizer": {"lr": 2e-3}}, "optimizer.lr"),
+        ({"batch": 2}, "batch"),
+        ({"teacher": "sd-v1-random"}, "teacher"),
+        ({"objectives": {"feature_kd": {"weight": 2.0}}}, "feature_kd.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_run_is_refused(
+    whole: Path, places: dict[str, Path], changes: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unet_surgery.distill.identity import refuse_changes
+
+    before = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}))
+    after = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}, **changes))
+    with pytest.raises(RunError) as caught:
+        refuse_changes(before.model_dump(mode="json"), after.model_dump(mode="json"), "here")
+    assert key in (caught.value.found or "")
+
+
+def test_what_moves_only_rounding_may_change(whole: Path, places: dict[str, Path]) -> None:
+    from unet_surgery.distill.identity import breaking_changes
+
+    before = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}))
+    free = {"micro_batch": 2, "save": {"every": 9}, "log": {"every": 3}, "steps": 99, "output": "elsewhere"}
+    after = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}, **free))
+    assert not breaking_changes(before.model_dump(mode="json"), after.model_dump(mode="json"))
+
+
+def test_a_changed_student_is_noticed(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=1)
+    distill(RunConfig.from_data(data))
+    us.prune("bk_tiny", "tiny-random", tmp_path / "other", dtype="bf16")
+    with pytest.raises(RunError, match="begun with other settings") as caught:
+        distill(RunConfig.from_data({**data, "student": str(tmp_path / "other")}))
+    assert "identity.student" in (caught.value.found or "")
+
+
+def test_a_longer_run_goes_on(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data(data))
+    result = distill(RunConfig.from_data({**data, "steps": 3}))
+    assert result.step == 3
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_two_runs_in_one_folder(places: dict[str, Path], tmp_path: Path) -> None:
+    from unet_surgery.distill.runlock import RunLock
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])})
+    (tmp_path / "run").mkdir()
+    with RunLock(tmp_path / "run"), pytest.raises(OutputBusyError):
+        distill(RunConfig.from_data(data))
+
+
+def test_bad_steps_are_skipped_rolled_back_and_then_given_up(places: dict[str, Path], tmp_path: Path) -> None:
+    """A rate at which nothing stays finite: steps that are not are never applied, and the end is an error with a dump."""
+    data = run_data(
+        tmp_path / "run",
+        places["student"],
+        {"cache": str(places["cache"])},
+        steps=400,
+        optimizer={"lr": 1e30, "clip": None},
+        save={"every": 1000},
+        trouble={"max_in_a_row": 1, "max_roll_backs": 1},
+    )
+    with pytest.raises(TrainingError, match="not finite, 2 steps in a row") as caught:
+        distill(RunConfig.from_data(data))
+    (dump,) = (tmp_path / "run").glob("dump-*.json")
+    assert str(dump) in (caught.value.where or "")
+    seen = json.loads(dump.read_text())
+    assert seen["roll_backs"] == 1
+    assert seen["most_bad_in_a_row"] == 2
+    assert seen["weights_not_finite"] == []  # what was not finite was never applied
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_tap_that_is_not_there_is_refused_before_the_first_step(places: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(places["student"], tmp_path / "student")
+    plan = json.loads((tmp_path / "student" / "plan.json").read_text())
+    plan["features"]["bk"][0]["student"]["module"] = "down_blocks.9"
+    (tmp_path / "student" / "plan.json").write_text(json.dumps(plan))
+    data = run_data(tmp_path / "run", tmp_path / "student", {"cache": str(places["cache"])})
+    with pytest.raises(VerificationError, match="the student") as caught:
+        distill(RunConfig.from_data(data))
+    assert "down_blocks.9" in (caught.value.where or "")
+    assert not metrics_bytes(tmp_path / "run")

@@ -1,0 +1,78 @@
+"""Pictures of fixed prompts while a student is trained: teacher, student and the student's average, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from unet_surgery.checkpoint import disk
+from unet_surgery.distill.config import PictureConfig
+from unet_surgery.distill.world import World
+from unet_surgery.runtime.parts import Parts
+from unet_surgery.sample.draw import sample
+from unet_surgery.sample.grid import grid
+
+__all__ = ["Gallery"]
+
+
+@dataclass(slots=True)
+class Gallery:
+    """Draws a grid when asked. The teacher's pictures are drawn once a stage, since it does not change."""
+
+    folder: Path
+    config: PictureConfig
+    parts: Parts
+    world: World
+    _teachers: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def draw(
+        self,
+        step: int,
+        unet_config: Mapping[str, Any],
+        columns: Mapping[str, Iterator[tuple[str, Tensor]]],
+        teacher: nn.Module | None,
+    ) -> None:
+        """Write ``step-….png`` into the folder; every process must ask, since whole weights are gathered from all.
+
+        ``columns`` are the weights to draw with: title → (name, whole tensor).
+        """
+        pictures: dict[str, NDArray[np.uint8]] = {}
+        if teacher is not None and self.world.is_main:
+            if id(teacher) not in self._teachers:
+                self._teachers = {id(teacher): self._sample(teacher)}
+            pictures["teacher"] = self._teachers[id(teacher)]
+        for title, tensors in columns.items():
+            held = {name: tensor for name, tensor in tensors if self.world.is_main}
+            if self.world.is_main:
+                pictures[title] = self._sample(self._network(unet_config, held))
+        if self.world.is_main:
+            disk.make_folders(self.folder)
+            data = grid(pictures, self.config.prompts)
+            disk.replace_file(self.folder / f"step-{step:08d}.png", data, force=True)
+
+    def _network(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(dict(config))
+        unet.load_state_dict(tensors, assign=True, strict=True)
+        return nn.Module.to(unet, device=self.world.device, dtype=self.parts.text_encoder.dtype).eval()
+
+    def _sample(self, unet: nn.Module) -> NDArray[np.uint8]:
+        config = self.config
+        return sample(
+            unet,
+            self.parts,
+            config.prompts,
+            seed=config.seed,
+            steps=config.steps,
+            guidance=config.guidance,
+            scheduler=config.scheduler,
+        )
