@@ -1,8 +1,10 @@
-"""Built-in teachers: bundled configs, and weights made on the user's machine, so that all runs without a network.
+"""Built-in teachers, so that all runs without a network: some trained and shipped whole, most made with random weights.
 
-``tiny-random`` is a whole small pipeline; the others are full-size U-Net folders. Weights are uniform, scaled as
-torch's default initialisation (bound 1/√fan_in), each tensor seeded by its name, norms near 1 and biases near 0:
-a forward is finite and no two tensors are equal.
+A folder of ``_teachers`` that holds its U-Net's weights is *shipped*: it is used where it lies, and never written to.
+Of the others only configs are bundled, and weights are made on the user's machine. ``tiny-random`` is a whole small
+pipeline; the others are full-size U-Net folders. Their weights are uniform, scaled as torch's default initialisation
+(bound 1/√fan_in), each tensor seeded by its name, norms near 1 and biases near 0: a forward is finite and no two
+tensors are equal.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from unet_surgery.errors import OutputError
 from unet_surgery.graph import build, parse_config
 from unet_surgery.lower import shapes_of
 
-__all__ = ["FAMILY_TEACHERS", "bundled_folder", "bundled_names", "make_bundled"]
+__all__ = ["FAMILY_TEACHERS", "bundled_folder", "bundled_names", "is_shipped", "make_bundled"]
 
 SHAPES = "shapes.json"
 SEED = 0
@@ -45,12 +47,17 @@ def bundled_names() -> list[str]:
 
 
 def bundled_folder(name: str) -> Path:
-    """Return the folder of a built-in teacher's configs: enough to plan, without weights."""
+    """Return the folder of a built-in teacher: whole where it is shipped, else configs, which are enough to plan."""
     return _root() / name
 
 
+def is_shipped(name: str) -> bool:
+    """True if the built-in teacher ``name`` comes with its weights."""
+    return any((bundled_folder(name) / unet / f"{UNET_BASE}.safetensors").is_file() for unet in ("unet", ""))
+
+
 def make_bundled(name: str, target: Path, progress: disk.Progress) -> None:
-    """Write the built-in teacher ``name``, weights included, as the folder ``target``.
+    """Write the built-in teacher ``name``, one that is not shipped, with random weights as the folder ``target``.
 
     Raises:
         OutputError: no room, or the folder cannot be written.

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, make_bundled
+from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, is_shipped, make_bundled
 from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.teacher import LocalWeights
 from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
@@ -101,7 +101,8 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)), variant)
     if text in bundled_names():
         cached = cache_folder() / text
-        return ResolvedTeacher(cached if cached.is_dir() else bundled_folder(text), text, text, variant)
+        is_made = cached.is_dir() and not is_shipped(text)
+        return ResolvedTeacher(cached if is_made else bundled_folder(text), text, text, variant)
     match = _HUB_TEACHER.fullmatch(text)
     if match is not None and not _SITE.match(text):
         return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
@@ -140,7 +141,7 @@ def fetch_teacher(
             local=None if by_range else found.hub.cached(),
             transfer=Transfer(num_bytes),
         )
-    if found.teacher_id in bundled_names():
+    if found.teacher_id in bundled_names() and not is_shipped(found.teacher_id):
         return replace(found, folder=_made(found.teacher_id, progress))
     return found
 
