@@ -46,7 +46,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if not gate_passed(options.parts):
-        print("note: the gate of train_parts.py was not passed: no U-Net can draw better than this VAE", file=sys.stderr)
+        print(
+            "note: the gate of train_parts.py was not passed: no U-Net can draw better than this VAE", file=sys.stderr
+        )
     print(options.out)
     return 0
 

@@ -41,6 +41,14 @@ CONTROL = ("init=random", "objectives={task: 1.0, output_kd: 0, feature_kd: 0}")
 """The control's changes to the run: random weights, and no teacher."""
 MAX_PRUNED, MIN_DISTILLED = 0.10, 0.85
 NUM_SHOWN = 4
+PRUNED = (
+    "Pruning removes blocks and keeps the other weights as they are: the student is a third of its teacher, and draws "
+    "little of what its captions say."
+)
+TRAINED = (
+    "Distilled, it learns from the pictures, from its teacher's predictions and from its teacher's activations. From "
+    "scratch, the same network begins with random weights and sees the same pictures for as many steps, with no teacher."
+)
 SEED = 0
 
 
@@ -112,8 +120,11 @@ class Demo:
 def run(options: argparse.Namespace, executor: Executor) -> Demo | None:
     """Do everything but the page; None if a run was stopped by a signal. Two trainings go on side by side."""
     out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
     student = us.prune(RECIPE, options.teacher, out / "student", force=True)
-    print(f"{RECIPE}: {student.plan.student.params:,} of {student.plan.teacher.params:,} parameters are left", flush=True)
+    print(
+        f"{RECIPE}: {student.plan.student.params:,} of {student.plan.teacher.params:,} parameters are left", flush=True
+    )
     where = (f"student={student.folder}", f"teacher={options.teacher}", *options.changes)
     one, two = options.captions
     captions = captions_of("one", one) + captions_of("two", two)
@@ -216,8 +227,8 @@ def _page(done: Demo, seconds: float) -> str:
     return page(
         _sections(done),
         title="A U-Net cut down to a third, and taught again",
-        lead=f"{RECIPE} of the toy teacher: {sizes.student.params / 1e6:.1f} of {sizes.teacher.params / 1e6:.1f} million "
-        f"parameters, {stage.steps} steps of {stage.batch} pictures, {seconds / 60:.1f} minutes for all of this page.",
+        lead=f"{RECIPE} of the toy teacher: {sizes.student.params / 1e6:.1f} of {sizes.teacher.params / 1e6:.1f} "
+        f"million parameters, {stage.steps} steps of {stage.batch} pictures, {seconds / 60:.1f} minutes for all of this page.",
     )
 
 
@@ -230,19 +241,8 @@ def _sections(done: Demo) -> list[Section]:
         for name, pictures in columns.items()
     }
     return [
-        Prose(
-            "What this shows",
-            (
-                "Pruning removes blocks and keeps the other weights as they are: the student is a third of its "
-                "teacher, and draws nothing that its captions say.",
-                "Distilled, it learns from the pictures, from its teacher's predictions and from its teacher's "
-                "activations. From scratch, the same network begins with random weights and sees the same pictures for "
-                "as many steps, without a teacher.",
-            ),
-        ),
-        Pictures(
-            "Captions that no training saw", columns, prompts, marks, note="All four begin with the same noise."
-        ),
+        Prose("What this shows", (PRUNED, TRAINED)),
+        Pictures("Captions that no training saw", columns, prompts, marks, note="All four begin with the same noise."),
         Accuracy(
             "Right in all that the caption says",
             {
@@ -265,7 +265,10 @@ def _sections(done: Demo) -> list[Section]:
         ),
         Curves(
             "How far the student is from its teacher",
-            [_curve("prediction", done.distilled, "output_kd", 2), _curve("activations, summed", done.distilled, "", 1)],
+            [
+                _curve("prediction", done.distilled, "output_kd", 2),
+                _curve("activations, summed", done.distilled, "", 1),
+            ],
             log=True,
             note="Mean squared differences, of the activations the sum over all pairs.",
         ),

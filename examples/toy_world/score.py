@@ -97,9 +97,7 @@ def drawing(
     """Return what draws captions with a seed: the same noise for the same caption number, whatever the U-Net."""
 
     def draw(captions: Sequence[str], seed: int) -> NDArray[np.uint8]:
-        return sample(
-            unet, parts, captions, seed=seed, steps=steps, guidance=guidance, batch=BATCH, progress=progress
-        )
+        return sample(unet, parts, captions, seed=seed, steps=steps, guidance=guidance, batch=BATCH, progress=progress)
 
     return draw
 
