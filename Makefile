@@ -4,11 +4,13 @@ BIN := .venv/bin
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo test test-extra check format bench clean
+.PHONY: help install dev demo demo-surgery ablation test test-extra check format bench clean
 
 help:
 	@echo "make install     .venv with the tool at .venv/bin/unet-surgery"
-	@echo "make demo        prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
+	@echo "make demo        prune the toy teacher with bk_tiny, distil the student, and show both in an HTML page"
+	@echo "make demo-surgery   prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
+	@echo "make ablation    what each term of the loss is good for, on the toy world (an hour)"
 	@echo "make test        the tests"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
@@ -16,21 +18,29 @@ help:
 .venv/.tool: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
 	touch $@
 
 .venv/.dev: .venv/.tool
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[torch,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
 	touch $@
 
 install: .venv/.tool
 
 dev: .venv/.dev
 
+# A checkout without the toy teacher's weights shows the surgery alone.
 demo: .venv/.tool
+ifneq ($(wildcard unet_surgery/_teachers/toy/unet/*.safetensors),)
+	$(BIN)/python examples/toy_world/demo.py --out $(DEMO)
+else
+	$(MAKE) demo-surgery
+endif
+
+demo-surgery: .venv/.tool
 	$(BIN)/unet-surgery plan --recipe bk_tiny --teacher sd-v1-random
-	$(BIN)/unet-surgery prune --recipe bk_tiny --teacher sd-v1-random --out $(DEMO) --force
-	$(BIN)/unet-surgery check $(DEMO) --teacher sd-v1-random
+	$(BIN)/unet-surgery prune --recipe bk_tiny --teacher sd-v1-random --out $(DEMO)-surgery --force
+	$(BIN)/unet-surgery check $(DEMO)-surgery --teacher sd-v1-random
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 -m "not extra"
@@ -55,5 +65,8 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/ldm.py
 	$(BIN)/python benchmarks/hub.py
 
+ablation: .venv/.tool
+	$(BIN)/python benchmarks/ablation.py
+
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv $(DEMO) $(DEMO)-surgery local-ablation

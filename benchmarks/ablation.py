@@ -346,29 +346,27 @@ def write_docs(results: Sequence[Mapping[str, Any]], settings: Settings, docs: P
 
 def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
     """Return the page: means over seeds, with the smallest and the largest."""
-    about = (__doc__ or "").split("\n\n")
-    lines = [
-        "# Do the losses earn their keep?",
-        "",
+    judged_how = (__doc__ or "").split("\n\n")[3].strip()
+    what = (
         f"Students of the toy teacher after {settings.steps} steps of {settings.batch} samples: means over seeds, in "
-        + "brackets the smallest and the largest. `benchmarks/ablation.py` wrote this.",
-        "",
-        about[3].strip(),
-        "",
-        f"Accuracy is of {settings.captions} held-out captions of one object and as many of two, by sampling in "
-        + f"{settings.sampling_steps} steps.",
-        "",
-        "![accuracy by row](ablation.svg)",
-    ]
+        "brackets the smallest and the largest. `benchmarks/ablation.py` wrote this."
+    )
+    accuracy = (
+        f"Accuracy is of {settings.captions} held-out captions of one object and as many of two, drawn in "
+        f"{settings.sampling_steps} steps."
+    )
+    shown = "![accuracy by row](ablation.svg)"
+    lines = [f"# Do the losses earn their keep?\n\n{what}\n\n{judged_how}\n\n{accuracy}\n\n{shown}"]
     for recipe in RECIPES:
+        columns = f"right, one | right, two | output error | Fréchet distance on {FEATURE}"
         lines += [
             "",
             f"## {recipe}",
             "",
-            "| | trained with | seeds | right, one | right, two | output error | Fréchet |",
+            f"| | trained with | seeds | {columns} |",
+            "|---:|---|---:|---:|---:|---:|---:|",
         ]
-        lines += ["|---:|---|---:|---:|---:|---:|---:|"]
-        for number, (variant, title) in enumerate(_rows(), 0):
+        for number, (variant, title) in enumerate(_rows()):
             rows = [r for r in results if r["recipe"] == recipe and r["variant"] == variant]
             if rows:
                 lines.append(_line(number, title, rows))

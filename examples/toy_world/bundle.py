@@ -97,7 +97,7 @@ def bundle(student: Path, out: Path, max_bytes: int = MAX_BYTES) -> float:
             tensors = {_old_name(name): tensor for name, tensor in tensors.items()}
         halves = {name: _halved(name, tensor) for name, tensor in tensors.items()}
         save_file(halves, out / component / file, metadata={"format": "pt"})
-        changes += [_compared(name, tensors, load_file(out / component / file)) for name in tensors]
+        changes.append(_compared(tensors, load_file(out / component / file)))
     if (num_bytes := _size(out)) > max_bytes:
         raise ValueError(f"{out} has {num_bytes:,} bytes, and {max_bytes:,} are allowed")
     load_pipeline(str(out))
@@ -117,15 +117,18 @@ def _halved(name: str, tensor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         raise error.at(name) from None
 
 
-def _compared(name: str, before: dict[str, Any], after: dict[str, Any]) -> float:
-    """Return how far the farthest value of a tensor moved, relative to its largest; ValueError if one is not right."""
+def _compared(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Return how far the farthest value moved, relative to its tensor's largest; ValueError if one is not right."""
     if before.keys() != after.keys():
         raise ValueError("the stored tensors have other names")
-    old, new = before[name].astype(np.float64), after[name]
-    right = before[name].astype(np.float16)
-    if new.dtype != np.float16 or new.shape != old.shape or not np.array_equal(new.view("<u2"), right.view("<u2")):
-        raise ValueError(f"{name} was not stored as it should be")
-    return float(np.abs(new.astype(np.float64) - old).max() / max(np.abs(old).max(), 1e-30))
+    largest = 0.0
+    for name, old in before.items():
+        new, right = after[name], old.astype(np.float16)
+        if new.dtype != np.float16 or new.shape != old.shape or not np.array_equal(new.view("<u2"), right.view("<u2")):
+            raise ValueError(f"{name} was not stored as it should be")
+        moved = np.abs(new.astype(np.float64) - old).max() / max(float(np.abs(old).max()), 1e-30)
+        largest = max(largest, float(moved))
+    return largest
 
 
 def _size(folder: Path) -> int:

@@ -47,7 +47,7 @@ PRUNED = (
 )
 TRAINED = (
     "Distilled, it learns from the pictures, from its teacher's predictions and from its teacher's activations. From "
-    "scratch, the same network begins with random weights and sees the same pictures for as many steps, with no teacher."
+    "scratch, the same network begins with random weights and sees the same pictures for as many steps, untaught."
 )
 SEED = 0
 
@@ -228,7 +228,7 @@ def _page(done: Demo, seconds: float) -> str:
         _sections(done),
         title="A U-Net cut down to a third, and taught again",
         lead=f"{RECIPE} of the toy teacher: {sizes.student.params / 1e6:.1f} of {sizes.teacher.params / 1e6:.1f} "
-        f"million parameters, {stage.steps} steps of {stage.batch} pictures, {seconds / 60:.1f} minutes for all of this page.",
+        f"million parameters, {stage.steps} steps of {stage.batch} pictures, {seconds / 60:.1f} minutes for all.",
     )
 
 

@@ -214,6 +214,12 @@ class Stage(_Model):
             raise ValueError("output_kd and feature_kd need a teacher: name one, or give both the weight 0")
         return self
 
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> Self:
+        if self.optimizer.schedule != "constant" and self.optimizer.warmup >= self.steps:
+            raise ValueError(f"the warm-up of {self.optimizer.warmup} steps takes all of the {self.steps}: shorten it")
+        return self
+
 
 _OF_A_STAGE = tuple(name for name in Stage.model_fields if name != "name")
 
