@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name → what the table calls it, and the run's changes: each differs from the one before in one thing."""
 
-UNTRAINED = "pruned"
+UNTRAINED, ITSELF = "pruned", "itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A student: a recipe, what it is trained with (or ``pruned``), and the run's seed."""
+    """A student: a recipe, what it is trained with (or ``pruned``), and the run's seed; or the teacher ``itself``."""
 
     recipe: str
     variant: str
@@ -151,8 +151,8 @@ def parse_options(words: Sequence[str] | None) -> argparse.Namespace:
 
 def all_jobs() -> list[Job]:
     """Return every job, all variants of a seed before the next seed: a list broken off is still a comparison."""
-    pruned = [Job(recipe, UNTRAINED, 0) for recipe in RECIPES]
-    return pruned + [Job(recipe, variant, seed) for seed in SEEDS for recipe in RECIPES for variant in VARIANTS]
+    untrained = [Job("teacher", ITSELF, 0), *(Job(recipe, UNTRAINED, 0) for recipe in RECIPES)]
+    return untrained + [Job(recipe, variant, seed) for seed in SEEDS for recipe in RECIPES for variant in VARIANTS]
 
 
 def job_of(name: str) -> Job:
@@ -215,7 +215,11 @@ def _start(job: Job, settings: Settings, options: argparse.Namespace) -> subproc
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // options.jobs)))
     with (options.work / f"{job.name}.log").open("wb") as log:
         return subprocess.Popen(
-            [str(word) for word in words], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": threads}
+            [str(word) for word in words],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            start_new_session=True,  # Ctrl-C is for this process: a second signal would end a run that is saving
         )
 
 
@@ -231,9 +235,10 @@ def run_job(job: Job, settings: Settings, results: Path, work: Path) -> None:
     started, cpu = time.monotonic(), time.process_time()
     folder = work / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    student = us.prune(job.recipe, settings.teacher, folder / "student", force=True).folder
-    metrics: list[dict[str, Any]] = []
-    if job.variant != UNTRAINED:
+    student, metrics = settings.teacher, list[dict[str, Any]]()
+    if job.variant != ITSELF:
+        student = str(us.prune(job.recipe, settings.teacher, folder / "student", force=True).folder)
+    if job.variant in VARIANTS:
         student, metrics = _train(job, settings, student, folder / "run")
     trained, trained_cpu = time.monotonic() - started, time.process_time() - cpu
     found = {
@@ -257,7 +262,7 @@ def run_job(job: Job, settings: Settings, results: Path, work: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _train(job: Job, settings: Settings, student: Path, output: Path) -> tuple[Path, list[dict[str, Any]]]:
+def _train(job: Job, settings: Settings, student: str, output: Path) -> tuple[str, list[dict[str, Any]]]:
     """Train, or go on where the job was broken off."""
     from unet_surgery.distill import distill, load_run
 
@@ -266,18 +271,18 @@ def _train(job: Job, settings: Settings, student: Path, output: Path) -> tuple[P
     if result.student is None:
         raise SystemExit(f"stopped after step {result.step}")
     lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
-    return result.student, [json.loads(line) for line in lines]
+    return str(result.student), [json.loads(line) for line in lines]
 
 
-def judged(student: Path, settings: Settings) -> dict[str, Any]:
-    """Return scores, Fréchet distance and output error of a student."""
+def judged(student: str, settings: Settings) -> dict[str, Any]:
+    """Return scores, Fréchet distance and output error of a student's pipeline."""
     from frechet import frechet
     from score import captions_of, drawing, load_pipeline, tally
 
     from unet_surgery.toyworld.draw import draw_many
     from unet_surgery.toyworld.grammar import parse
 
-    unet, parts = load_pipeline(str(student))
+    unet, parts = load_pipeline(student)
     teacher, _ = load_pipeline(settings.teacher)
     captions = captions_of("one", settings.captions) + captions_of("two", settings.captions)
     pictures = drawing(unet, parts, steps=settings.sampling_steps, guidance=settings.guidance)(captions, 0)
@@ -355,7 +360,8 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
         f"Accuracy is of {settings.captions} held-out captions of one object and as many of two, drawn in "
         f"{settings.sampling_steps} steps."
     )
-    shown = "![accuracy by row](ablation.svg)"
+    accuracy += "".join(_of_teacher(r) for r in results if r["variant"] == ITSELF)
+    shown = "![pictures that are right, in %, by row of the table](ablation.svg)"
     lines = [f"# Do the losses earn their keep?\n\n{what}\n\n{judged_how}\n\n{accuracy}\n\n{shown}"]
     for recipe in RECIPES:
         columns = f"right, one | right, two | output error | Fréchet distance on {FEATURE}"
@@ -370,11 +376,19 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
             rows = [r for r in results if r["recipe"] == recipe and r["variant"] == variant]
             if rows:
                 lines.append(_line(number, title, rows))
-    seconds = [r["seconds"] for r in results if r["variant"] != UNTRAINED]
+    seconds = [r["seconds"] for r in results if r["variant"] in VARIANTS]
     if seconds:
         machines = sorted({f"{r['machine']}, {r['threads']} threads a job" for r in results})
         lines += ["", f"A job took {min(seconds):.0f} to {max(seconds):.0f} s ({'; '.join(machines)})."]
     return "\n".join(lines) + "\n"
+
+
+def _of_teacher(result: Mapping[str, Any]) -> str:
+    scores = result["scores"]
+    return (
+        f" The teacher itself: {scores['one']['right']:.1%} and {scores['two']['right']:.1%} right, Fréchet distance "
+        f"{result['frechet']:.2f}."
+    )
 
 
 def _rows() -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ Everything runs on a stand-in with random weights, so that it needs no more than
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -229,17 +230,19 @@ def test_bundled_values_are_the_nearest_halves(stand_in: Path, shipped_folder: P
     names = set(contents(shipped_folder))
     assert not {"training.json", "plan.json"} & names
     assert {"README.md", "model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"} <= names
-    assert "_name_or_path" not in (shipped_folder / "unet" / "config.json").read_text()
 
 
-def test_a_text_encoder_in_the_new_layout_is_written_in_the_old(stand_in: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_is_written_in_the_old_layout_and_no_path_travels(stand_in: Path, tmp_path: Path) -> None:
     import bundle
 
     shutil.copytree(stand_in, tmp_path / "new")
     path = tmp_path / "new" / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    config = tmp_path / "new" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/home/me/vae"}))
     bundle.bundle(tmp_path / "new", tmp_path / "out")
+    assert "/home/me" not in (tmp_path / "out" / "vae" / "config.json").read_text()
     names = load_file(tmp_path / "out" / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
 
@@ -323,8 +326,10 @@ def test_the_demo(stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(control["run"]["stages"][0][k] == distilled["run"]["stages"][0][k] for k in same)
     assert control["run"]["data"] == distilled["run"]["data"]
 
-    assert demo.main(demo_words(stand_in, out)) == 0  # both runs are finished
-    assert "step 2 of 2" not in capsys.readouterr().out
+    where = (*SHORT, f"teacher={stand_in}", f"student={out / 'student'}", f"output={out / 'distilled'}")
+    again = demo.train("distilled", where)  # it is finished: what it wrote is read
+    assert [line["step"] for line in again.metrics] == [1, 2]
+    assert "step" not in capsys.readouterr().out
     assert demo.main(demo_words(stand_in, out, "--set", "seed=5")) == RunError.exit_code
     assert "begun with other settings" in capsys.readouterr().err
 
@@ -372,10 +377,10 @@ def test_the_jobs_differ_in_what_the_table_says() -> None:
     import ablation
 
     jobs = ablation.all_jobs()
-    assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * 5 * 3
+    assert len(jobs) == len({job.name for job in jobs}) == 1 + 2 + 2 * 5 * 3
     assert all(ablation.job_of(job.name) == job for job in jobs)
     found = {}
-    for job in jobs[2:]:
+    for job in jobs[3:]:
         config = load_run(ablation.RUN, job.changes(ablation.Settings())).config
         wanted = config.stages[0].objectives
         assert (config.num_steps, config.stages[0].batch, config.seed) == (200, 32, job.seed)
@@ -418,8 +423,8 @@ def test_a_job_is_kept_and_not_run_again(stand_in: Path, tmp_path: Path, monkeyp
 
     assert ablation.main([*words, "--steps", "3"]) == 1  # other settings: it is run again, and fails here
     assert started == [job.name]
-    path = tmp_path / "results" / f"{job.name}.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "key": "of another teacher"}))
+    assert ablation.kept(job, dataclasses.replace(wanted, captions=5), tmp_path / "results") is None
+    monkeypatch.setattr(ablation, "teacher_digest", lambda name: "another teacher of this name")
     assert ablation.kept(job, wanted, tmp_path / "results") is None
 
 
@@ -449,6 +454,7 @@ def test_the_table_has_means_and_ranges() -> None:
         return {**same, "variant": variant, "seed": seed, "scores": scores, "machine": "a machine", "threads": 1}
 
     rows = [result("task", seed, share) for seed, share in enumerate((0.25, 0.5, 0.75))] + [result("pruned", 0, 0.0)]
+    rows.append({**result("itself", 0, 0.9375), "recipe": "teacher"})
     text = ablation.markdown(rows, ablation.Settings())
     assert (
         "| 2 | the teacher's weights; task | 3 | 50.0 % (25.0 to 75.0) | 50.0 % (25.0 to 75.0) "
@@ -456,6 +462,7 @@ def test_the_table_has_means_and_ranges() -> None:
     ) in text
     assert "| 0 | pruned, not trained | 1 | 0.0 % |" in text
     assert "A job took 60 to 62 s (a machine, 1 threads a job)." in text
+    assert "The teacher itself: 93.8% and 93.8% right, Fréchet distance 3.00." in text
     assert "FID" not in text
     assert 'd="M' in ablation.picture(rows)
 

@@ -75,19 +75,28 @@ def main(words: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         with _executor(options.processes) as executor:
-            done = run(options, executor)
+            done = _interruptible(options, executor)
     except SurgeryError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if done is None:
         print("stopped, and saved; the same command goes on from there", file=sys.stderr)
-        return 1
+        return 130
     seconds = time.monotonic() - started
     (options.out / "index.html").write_text(_page(done, seconds), "utf-8")
     for line in _report(done, seconds):
         print(line)
     print((options.out / "index.html").resolve())
     return 0
+
+
+def _interruptible(options: argparse.Namespace, executor: Executor) -> Demo | None:
+    """As ``run``; on Ctrl-C, which the processes get as well, wait until they have saved."""
+    try:
+        return run(options, executor)
+    except KeyboardInterrupt:
+        executor.shutdown(cancel_futures=True)
+        return None
 
 
 def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
