@@ -94,7 +94,7 @@ class NoiseConfig(_Model):
     """How latents become what the networks see."""
 
     timesteps: Literal["uniform", "half_high"] = "uniform"
-    """``half_high``: every second sample at 1000·u^0.25, where more noise is."""
+    """``half_high``: each sample, with probability ½, at 1000·u^0.25 in place of 1000·u, where more noise is."""
     offset: Weight = 0.0
     """Noise offset: a share of noise that is the same in a whole channel."""
     caption_drop: Annotated[float, Field(ge=0, le=1)] = 0.0

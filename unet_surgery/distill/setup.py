@@ -15,6 +15,7 @@ from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.compute import Compute, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
+from unet_surgery.distill.dealing import deal
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.networks import (
     Folders,
@@ -100,22 +101,7 @@ def micro_batches(config: RunConfig, stage: Stage, world: World) -> tuple[int, i
     Raises:
         RunError: the batch cannot be dealt out evenly.
     """
-    size = config.micro_batch or stage.batch // world.size
-    if size == 0 or stage.batch % (size * world.size):
-        raise RunError(
-            "the batch cannot be dealt out evenly",
-            where=f"stage {stage.name}",
-            expected="batch = micro_batch × processes × a whole number",
-            found=f"batch {stage.batch}, micro_batch {config.micro_batch}, {world.size} processes",
-            hint=f"micro_batch: {_nearest(stage.batch, size, world.size)}",
-        )
-    return size, stage.batch // (size * world.size)
-
-
-def _nearest(batch: int, size: int, num_processes: int) -> str:
-    share = batch // num_processes
-    fits = [n for n in range(1, share + 1) if share % n == 0 and batch % num_processes == 0]
-    return str(min(fits, key=lambda n: abs(n - size))) if fits else "… and a batch that the processes divide"
+    return deal(config, stage, world.size)
 
 
 def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: World) -> StageTrainer:
