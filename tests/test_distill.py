@@ -197,8 +197,10 @@ def test_what_moves_only_rounding_may_change(whole: Path, places: dict[str, Path
     from unet_surgery.distill.identity import breaking_changes
 
     before = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}))
-    free = {"micro_batch": 2, "save": {"every": 9}, "log": {"every": 3}, "steps": 99, "output": "elsewhere"}
-    after = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}, **free))
+    free = {"micro_batch": 2, "save": {"every": 9}, "log": {"every": 3}, "steps": 99}
+    after = RunConfig.from_data(
+        run_data(whole / "elsewhere", places["student"], {"cache": str(places["cache"])}, **free)
+    )
     assert not breaking_changes(before.model_dump(mode="json"), after.model_dump(mode="json"))
 
 
@@ -262,3 +264,77 @@ def test_a_tap_that_is_not_there_is_refused_before_the_first_step(places: dict[s
         distill(RunConfig.from_data(data))
     assert "down_blocks.9" in (caught.value.where or "")
     assert not metrics_bytes(tmp_path / "run")
+
+
+def test_tensorboard_hears_what_metrics_say(places: dict[str, Path], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data({**data, "log": {"every": 1, "trackers": ["tensorboard"]}}))
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    heard = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert heard == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path / "run")]
+
+
+def test_pictures_of_fixed_prompts(places: dict[str, Path], tmp_path: Path) -> None:
+    """Teacher, student and average; the last grid goes into the student's card."""
+    from PIL import Image
+
+    pictures = {"every": 1, "prompts": ["a red house", "picture number 3"], "steps": 2, "guidance": 2.0}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2, pictures=pictures)
+    distill(RunConfig.from_data(data))
+    first, last = sorted((tmp_path / "run" / "pictures").iterdir())
+    assert first.read_bytes() != last.read_bytes()
+    assert (tmp_path / "run" / "student" / "samples.png").read_bytes() == last.read_bytes()
+    with Image.open(last) as grid:
+        assert grid.width > 3 * 128
+    assert "![Samples](samples.png)" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+@pytest.mark.extra
+def test_memory_does_not_grow(places: dict[str, Path], tmp_path: Path) -> None:
+    """500 steps: what is resident after 100 is what is resident at the end, but for a little of the allocator's."""
+    import os
+
+    page, seen = os.sysconf("SC_PAGE_SIZE"), {}
+
+    def note(progress: Any) -> None:
+        with open("/proc/self/statm") as file:
+            seen[progress.step] = int(file.read().split()[1]) * page
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=500, batch=2)
+    data |= {"log": {"every": 50}, "save": {"every": 100}}
+    distill(RunConfig.from_data(data), on_progress=note)
+    assert seen[500] < seen[100] + (24 << 20), {step: value >> 20 for step, value in seen.items()}
+
+
+def test_a_step_asks_the_device_for_nothing(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a value, or anything whose shape depends on values, would make a GPU wait: no such call in a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from unet_surgery.distill.trainer import StageTrainer
+
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2"}
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name().removeprefix("aten::").partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    step = StageTrainer.step
+
+    def watched(self: StageTrainer, *args: Any) -> None:
+        with Watch():
+            step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "step", watched)
+    objectives = {"min_snr": 5.0, "feature_kd": {"normalise": "teacher_power"}}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data({**data, "objectives": objectives, "log": {"every": 2}}))
+    assert "convolution" in seen
+    assert "_fused_adamw_" in seen
+    assert not waiting & set(seen)
