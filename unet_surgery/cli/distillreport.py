@@ -51,7 +51,7 @@ def _rate(config: RunConfig, tflops: float | None) -> tuple[float | None, str]:
         found = f"the {dtype} rate of {name!r} is not known" if name else "there is no GPU"
         return None, f"{found}: give the rate that training reaches, --tflops 350"
     of = "log.peak_tflops" if name is None else f"the {dtype} peak of {name}"
-    return peak * USUAL_USE, f"{peak * USUAL_USE / 1e12:.0f} TFLOP/s: {USUAL_USE:.0%} of {of}"
+    return peak * USUAL_USE, f"{peak * USUAL_USE / 1e12:.3g} TFLOP/s: {USUAL_USE:.0%} of {of}"
 
 
 def device_name(driver: Path = DRIVER) -> str | None:
@@ -101,9 +101,11 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
 
     teacher = "" if stage.teacher_params is None else f", teacher {stage.teacher} ({quantity(stage.teacher_params)})"
     seen = "" if paper.num_samples is None else f", {stage.images / paper.num_samples:.1f} epochs"
+    dealt = f"{stage.micro_batch} × {stage.accumulated}"
+    dealt += f" × {paper.processes} processes" if paper.processes > 1 else ""
     show(
-        f"\nstage {stage.name}{teacher}: {stage.steps:,} steps × {stage.batch} samples (micro-batch {stage.micro_batch} "
-        f"× {stage.accumulated} × {paper.processes}) = {stage.images / 1e6:,.2f} M samples{seen}"
+        f"\nstage {stage.name}{teacher}: {stage.steps:,} steps × {stage.batch} samples ({dealt}) "
+        f"= {stage.images / 1e6:,.4g} M samples{seen}"
     )
     flops = stage.flops
     rows = [
@@ -117,7 +119,7 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
         )
         if value
     ]
-    rows.append(("a sample", f"{flops.total / 1e12:.3f}", f"× {stage.images / 1e6:,.2f} M"))
+    rows.append(("a sample", f"{flops.total / 1e12:.3f}", f"× {stage.images / 1e6:,.4g} M"))
     rows.append(("the stage", f"{flops.total * stage.images / 1e12:,.0f}", ""))
     show(table(("operations", "TFLOP", ""), rows, right=(1, 2)))
     held = [(name, getattr(stage.memory, name)) for name in MEMORY_ITEMS]
@@ -129,7 +131,7 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
         pairs = [(pair.student, pair.teacher, " × ".join(map(str, pair.shape))) for pair in stage.pairs]
         show(table(("student's activation", "compared with the teacher's", "shape"), pairs))
     if stage.hours is not None and len(paper.stages) > 1:
-        show(f"{stage.hours:,.1f} hours")
+        show(f"{stage.hours:,.3g} hours")
 
 
 def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
@@ -153,11 +155,11 @@ def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
         show(table(("micro-batch", "", "images/s", "of the peak", "GB"), rows, right=(0, 2, 3, 4)))
         if found.limit is not None:
             say(
-                f"on a CPU, sizes that need more than {found.limit / 1e9:.1f} GB ({MEMORY_SHARE:.0%} of what is free) do "
-                "not count as fitting, and are not tried"
+                f"on a CPU, what needs more than {found.limit / 1e9:.1f} GB ({MEMORY_SHARE:.0%} of the memory that was "
+                "free) does not count as fitting, and is not tried"
             )
         if found.micro_batch is not None:
-            say(f"the batch of {found.batch} stays what it is: {found.batch // found.micro_batch} micro-batches a step")
+            say(f"the batch stays what it is: {found.batch} = {found.micro_batch} × {found.batch // found.micro_batch}")
             fastest = found.fastest
             if fastest is not None and fastest.micro_batch != found.micro_batch:
                 say(f"micro_batch: {fastest.micro_batch} was the fastest")

@@ -263,21 +263,18 @@ def _check_fit(student: Network, parts: Parts, data: Data) -> None:
 
 
 def _check_teacher(teacher: Network, parts: Parts, student: Network) -> None:
-    if None not in (teacher.prediction_type, parts.prediction_type):
-        if teacher.prediction_type != parts.prediction_type:
-            raise RunError(
-                "teacher and student predict different things",
-                where=teacher.name,
-                expected=parts.prediction_type,
-                found=f"{teacher.prediction_type} in place of {parts.prediction_type}",
-            )
+    ours, theirs = parts.prediction_type, teacher.prediction_type
+    if ours is not None and theirs is not None and ours != theirs:
+        raise RunError(
+            "teacher and student predict different things", where=teacher.name, found=f"{theirs} in place of {ours}"
+        )
     for key in ("cross_attention_dim", "in_channels", "out_channels"):
-        ours, theirs = (net.config.get(key, DEFAULTS[key]) for net in (student, teacher))
-        if ours != theirs:
+        here, there = (net.config.get(key, DEFAULTS[key]) for net in (student, teacher))
+        if here != there:
             raise RunError(
                 "the teacher is of another kind than the student",
                 where=f"{teacher.name}, {key}",
-                found=f"{printable(theirs)} in place of {printable(ours)}",
+                found=f"{printable(there)} in place of {printable(here)}",
             )
 
 

@@ -172,7 +172,8 @@ def read_data(config: RunConfig, parts: Parts) -> Data:
         facts = read_facts(Path(os.path.expanduser(data.cache)))
         channels, height, width = facts.settings.moments_shape
         num_bytes = sum(shard.num_bytes for shard in facts.shards.values())
-        return Data((height, width), channels // 2, online=False, num_samples=facts.count, num_bytes=num_bytes)
+        num_samples = facts.count * (1 + facts.settings.flip)
+        return Data((height, width), channels // 2, online=False, num_samples=num_samples, num_bytes=num_bytes)
     if data.images is not None:
         _check_pictures(data.images, data.resolution, parts.factor)
         side = data.resolution // parts.factor
