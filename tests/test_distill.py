@@ -146,6 +146,25 @@ def test_pictures_instead_of_a_cache_give_the_same_losses(whole: Path, places: d
         assert ours == pytest.approx(theirs, rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["high_resolution", "full"])
+def test_recomputation_changes_nothing(whole: Path, places: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Also of the features that are compared: a reentrant checkpoint would give them no gradient."""
+    speed = {"dtype": "fp32", "channels_last": False, "checkpointing": kind}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2, speed=speed)
+    distill(RunConfig.from_data(data))
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for ours, theirs in zip(lines, metrics(whole), strict=False):
+        assert ours.pop("stage") == theirs.pop("stage")
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_compiling_on_a_cpu_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, speed={"compile": True})
+    with pytest.raises(RunError, match="wrong gradients"):
+        distill(RunConfig.from_data(data))
+
+
 def test_stages_follow_each_other_and_resume(places: dict[str, Path], tmp_path: Path) -> None:
     """Two stages, as OFA's: the task alone, then with a teacher; stopped in between, it goes on to the same weights."""
     stages = [
