@@ -34,7 +34,7 @@ from unet_surgery.distill.world import World
 from unet_surgery.errors import RunError
 from unet_surgery.lower.features import FeaturePair
 from unet_surgery.runtime.parts import Parts
-from unet_surgery.runtime.taps import Tapped, tap_name
+from unet_surgery.runtime.taps import Tapped, tap_name, trace_taps_under_checkpointing
 
 __all__ = ["Base", "latent_shape", "micro_batches", "open_base", "set_up"]
 
@@ -123,6 +123,8 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
     prepare = Preparation(base.parts, base.schedule, stage.noise, base.samples.latents, speed.channels_last)
     pairs = () if teacher is None else _pairs(config, stage, folders, student, teacher, base, prepare)
     recompute(student, speed.checkpointing)
+    if speed.compile and speed.checkpointing != "none":
+        trace_taps_under_checkpointing()
     ours, theirs = Tapped(student, ()), None
     if teacher is not None:
         ours, theirs = tapped(student, teacher, pairs)
