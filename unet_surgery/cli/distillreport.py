@@ -105,11 +105,11 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
     dealt += f" × {paper.processes} processes" if paper.processes > 1 else ""
     show(
         f"\nstage {stage.name}{teacher}: {stage.steps:,} steps × {stage.batch} samples ({dealt}) "
-        f"= {stage.images / 1e6:,.4g} M samples{seen}"
+        f"= {quantity(stage.images)} samples{seen}"
     )
     flops = stage.flops
     rows = [
-        (name, f"{value / 1e12:.3f}", f"{value / flops.total:.1%}")
+        (name, quantity(value), f"{value / flops.total:.1%}")
         for name, value in (
             ("student, forward and backward", flops.student),
             ("recomputed in the backward", flops.recomputed),
@@ -119,12 +119,12 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
         )
         if value
     ]
-    rows.append(("a sample", f"{flops.total / 1e12:.3f}", f"× {stage.images / 1e6:,.4g} M"))
-    rows.append(("the stage", f"{flops.total * stage.images / 1e12:,.0f}", ""))
-    show(table(("operations", "TFLOP", ""), rows, right=(1, 2)))
+    rows.append(("a sample", quantity(flops.total), f"× {quantity(stage.images)}"))
+    rows.append(("the stage", quantity(flops.total * stage.images), ""))
+    show(table(("operations", "FLOP", ""), rows, right=(1, 2)))
     held = [(name, getattr(stage.memory, name)) for name in MEMORY_ITEMS]
-    memory = [(name + (" (estimated)" if name == "activations" else ""), f"{v / 1e9:.2f}") for name, v in held if v]
-    show(table(("memory of a device", "GB"), [*memory, ("in all", f"{stage.memory.total / 1e9:.1f}")], right=(1,)))
+    memory = [(name + (" (estimated)" if name == "activations" else ""), gigabytes(v)) for name, v in held if v]
+    show(table(("memory of a device", ""), [*memory, ("in all", gigabytes(stage.memory.total))], right=(1,)))
     if stage.pairs is None:
         show("feature pairs: found on the first batches, by similarity")
     elif stage.pairs:
