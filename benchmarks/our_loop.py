@@ -80,6 +80,14 @@ class _Autocast(nn.Module):  # type: ignore[misc]
             return self.network(*inputs)
 
 
+class _NotFused(torch.optim.AdamW):  # type: ignore[misc]
+    """Torch's default, which knows no flag for bad steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.__dict__.pop("found_inf", None)
+        return super().step(closure)
+
+
 class OurLoop:
     """A :class:`StageTrainer` and its batches; ``trainer`` and ``base`` are what a run would have."""
 
@@ -161,7 +169,7 @@ def _trainer(size: Size, base: Base, world: World, batch: int, choices: Choices)
         trainer = set_up(_config(batch, choices), 0, Folders(Path(), Path(), (Path(),)), base, world)
     if not choices.fused:
         options = {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-        trainer._update._adamw = torch.optim.AdamW(trainer.weights.masters, **options)
+        trainer._update._adamw = _NotFused(trainer.weights.masters, **options)
     if choices.autocast:
         network = _Autocast(trainer._compute.student, world.device, DTYPES[choices.dtype])
         trainer._compute = replace(trainer._compute, student=network)
