@@ -130,11 +130,11 @@ def test_our_step_asks_the_device_for_nothing(tiny: Size, choices: Choices) -> N
 
 
 def test_the_plain_step_reads_four_losses_a_micro_batch(tiny: Size) -> None:
-    loop = plain(tiny, batch=2 * BATCH)
-    loop.step()
+    loop: Any = plain(tiny, batch=2 * BATCH)
+    loop._update = lambda: None  # torch's AdamW reads its step counts, which lie on the CPU wherever it works
     with Reads() as reads:
         loop.step()
-    assert reads.found["aten::_local_scalar_dense"] >= 8
+    assert reads.found == {"aten::_local_scalar_dense": 8}
 
 
 @pytest.mark.parametrize("kind", ["ours", "plain"])
