@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from gradients import agreement
 from our_loop import Choices, OurLoop
 from plain_loop import Drawn, PlainLoop
-from step_parts import Clock, Reads, breakdown
+from step_parts import Clock, Reads, breakdown, step_seconds
 from training_sizes import Size, random_ids, random_pictures, size_named
 
 from unet_surgery.data.batches import Batch
@@ -159,6 +160,31 @@ def test_a_clock_counts_the_inner_part_alone(monkeypatch: pytest.MonkeyPatch) ->
     with clock.part("outer"), clock.part("inner"):
         pass
     assert clock.seconds() == {"outer": 5.0, "inner": 2.0}
+
+
+def test_on_cuda_steps_are_timed_by_events_in_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA: each step takes the device 250 ms, of which the host sees nothing."""
+    done = [0]
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = done[0] * 250.0
+
+        def elapsed_time(self, later: Any) -> float:
+            return float(later.at - self.at)
+
+    def step() -> None:
+        done[0] += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cuda: Any = SimpleNamespace(type="cuda")
+    loop: Any = SimpleNamespace(step=step, watched=lambda clock: clock.patched([(loop, "step", "all of it")]))
+    assert step_seconds(loop, cuda, seconds=0, least=3) == [0.25] * 3
+    assert breakdown(loop, cuda, 2) == {"all of it": 250.0, "rest": 0.0}
 
 
 def test_gradients_in_bf16_are_compared_with_fp32(tiny: Size) -> None:
