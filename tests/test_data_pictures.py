@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -81,7 +83,8 @@ BAD_PICTURES: dict[str, tuple[bytes, str]] = {
     "a pillar": (saved(Image.new("RGB", (20, 161))), "extreme-aspect"),
     "floating point": (saved(Image.fromarray(np.ones((32, 32), np.float32)), "TIFF"), "unreadable"),
     "32 bits": (saved(Image.fromarray(np.full((32, 32), 1 << 20, np.int32)), "TIFF"), "unreadable"),
-    "PostScript, which would start Ghostscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n", "unreadable"),
+    "a format that is not for pictures": (saved(Image.new("RGB", (64, 64)), "PCX"), "unreadable"),
+    "PostScript, which would start Ghostscript": (saved(Image.new("RGB", (64, 64)), "EPS"), "unreadable"),
 }  # fmt: skip
 
 
@@ -251,6 +254,23 @@ def test_threads_see_no_warnings_and_the_filters_stay(recwarn: pytest.WarningsRe
     assert not failures
     assert list(warnings.filters) == before
     assert not recwarn.list
+
+
+def test_only_one_thread_at_a_time_changes_the_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, most, real = 0, 0, Image.open
+
+    def slow(*arguments: object, **options: object) -> Image.Image:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        inside -= 1
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: decode_picture(PNG, 16), range(16)))
+    assert most == 1
 
 
 def test_avif_is_read_where_pil_can() -> None:

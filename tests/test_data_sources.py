@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import os
@@ -92,6 +93,8 @@ def test_a_folder_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
     for index in range(len(source)):
         sample = source.read(index)
         assert (decode_picture(sample.image, 20) == theirs[str(sample.caption)]).all()
+    del oracle
+    gc.collect()  # here, not in another test
 
 
 def test_the_column_of_captions(tmp_path: Path) -> None:

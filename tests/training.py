@@ -14,6 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+import unet_surgery as us
+
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 10
 SIDE = 16
@@ -26,7 +28,7 @@ def write_pictures(folder: Path, *, count: int = NUM_PICTURES, side: int = SIDE)
     lines = ["file_name,text"]
     for i in range(count):
         corners = rng.uniform(0, 255, (2, 2, 3))
-        y, x = np.mgrid[0:1 : side * 1j, 0:1 : side * 1j][..., None]
+        y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j][..., None]
         picture = (1 - y) * ((1 - x) * corners[0, 0] + x * corners[0, 1]) + y * (
             (1 - x) * corners[1, 0] + x * corners[1, 1]
         )
@@ -34,6 +36,14 @@ def write_pictures(folder: Path, *, count: int = NUM_PICTURES, side: int = SIDE)
         lines.append(f"{i:03}.png,picture number {i}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def make_places(root: Path) -> dict[str, Path]:
+    """Make a pruned student, pictures, and a latent cache of them."""
+    us.prune("bk_tiny", "tiny-random", root / "student")
+    pictures = write_pictures(root / "pictures")
+    us.make_cache(pictures, "tiny-random", root / "cache", resolution=SIDE)
+    return {"student": root / "student", "pictures": pictures, "cache": root / "cache"}
 
 
 def run_data(output: Path, student: Path, data: Mapping[str, Any], **changes: Any) -> dict[str, Any]:

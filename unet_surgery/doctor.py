@@ -32,6 +32,7 @@ NOT_FOR_USERS = ("dev",)
 
 # What stands for a package's working: importing diffusers alone proves nothing, its parts are loaded when first used.
 _STATEMENTS = {
+    "pillow": "from PIL import Image",
     "pyyaml": "import yaml",
     "diffusers": "from diffusers import StableDiffusionPipeline, UNet2DConditionModel",
     "transformers": "from transformers import CLIPTextModel, CLIPTokenizer",

@@ -46,7 +46,7 @@ class ShardSink:
         self.closed = False  # pyarrow asks
         self._fd, self._digest = fd, hashlib.sha256()
         self._schema = _schema(settings)
-        self._stream = pa.ipc.new_stream(pa.PythonFile(self, mode="w"), self._schema)
+        self._stream = pa.ipc.new_stream(pa.PythonFile(self), self._schema)
         self._waiting: pa.Table = self._schema.empty_table()
 
     def write(self, data: Any) -> int:
@@ -56,6 +56,12 @@ class ShardSink:
         self._digest.update(view)
         self.num_bytes += len(view)
         return len(view)
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
 
     def flush(self) -> None:
         """Do nothing: bytes go straight to the descriptor."""

@@ -100,8 +100,9 @@ def make_cache(
     ``source`` is what :func:`unet_surgery.data.sources.open_source` opens, ``model`` a pipeline: a folder, a built-in
     name or a Hub id. ``flip`` keeps every picture's mirror image as well. The VAE runs in ``dtype`` (``fp32``, or
     ``bf16``; in fp16 that of SD overflows). ``part`` is (index, count) of processes that share the work, each with
-    ``workers`` processes of its own; the result is the same for any number. ``decoders`` are threads that decode
-    pictures. ``progress`` is called with samples done and in all, of this part.
+    ``workers`` processes of its own; the result is the same for any number, byte for byte where each encodes with the
+    same number of threads, and up to rounding where not. ``decoders`` are threads that decode pictures. ``progress`` is
+    called with samples done and in all, of this part.
 
     Raises:
         DataError: there is no such data, or more than the share ``max_bad`` of it cannot be used.

@@ -233,7 +233,7 @@ def check_share(bad: Mapping[str, int], num_samples: int, max_bad: float, where:
             where=where,
             expected=f"at most {max_bad:.2%} of {num_samples}",
             found=f"{count} so far: {reasons}",
-            hint="repair the data, or allow more with --max-bad",
+            hint="repair the data, or allow more with --max-bad (in a run file: max_bad)",
         )
 
 

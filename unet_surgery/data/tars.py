@@ -175,15 +175,12 @@ def _samples(path: Path) -> Iterator[_Sample | Broken]:
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo | Broken]:
-    """Yield the members that are whole, and at the end a Broken if the tar has no end."""
+    """Yield the members, of which the last may be cut short, and then a Broken if the tar has no end."""
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                if member.offset_data + member.size > size:
-                    yield _cut(path, member.offset)
-                    return
                 yield member
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:

@@ -251,6 +251,11 @@ class RunConfig(_Model):
         return cls.model_validate(with_stages(data))
 
     @property
+    def run_name(self) -> str:
+        """What others call the run: the last part of its folder's path."""
+        return self.output.rstrip("/").rpartition("/")[2] or "run"
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)

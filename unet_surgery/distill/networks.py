@@ -25,7 +25,16 @@ from unet_surgery.runtime.parts import Parts, load_parts
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-__all__ = ["Folders", "find_folders", "load_base", "load_student", "load_teacher", "read_student_plan", "recompute"]
+__all__ = [
+    "Folders",
+    "find_folders",
+    "load_base",
+    "load_student",
+    "load_teacher",
+    "read_student_plan",
+    "recompute",
+    "refuse_compiling",
+]
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
@@ -117,6 +126,25 @@ def load_teacher(folder: Path, base: Path, speed: Speed, device: torch.device) -
     unet = load_unet(folder).eval().requires_grad_(False)
     moved = torch.nn.Module.to(unet, device=device, dtype=DTYPES[speed.dtype])  # diffusers' own warns of nothing
     return moved.to(memory_format=torch.channels_last) if speed.channels_last else moved
+
+
+def refuse_compiling(device: torch.device, speed: Speed) -> None:
+    """Refuse to compile where that gives wrong gradients.
+
+    Torch 2.13's inductor on a CPU loses the gradient below an upsampler, without a word: the loss falls, and half of
+    the network stands still.
+
+    Raises:
+        RunError: ``speed.compile`` on a CPU.
+    """
+    if speed.compile and device.type == "cpu":
+        raise RunError(
+            "torch.compile gives wrong gradients for U-Nets on a CPU",
+            where="speed.compile",
+            expected="false, or a GPU",
+            found="true",
+            hint="--set speed.compile=false: compiling gains nothing there either",
+        )
 
 
 def load_base(folder: Path, speed: Speed, device: torch.device) -> tuple[Parts, NoiseSchedule]:

@@ -31,6 +31,7 @@ from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import Base, micro_batches, open_base, set_up
 from unet_surgery.distill.state import CHECKPOINTS, TrainingState, load_state, newest_state, save_state
+from unet_surgery.distill.trackers import Trackers
 from unet_surgery.distill.trainer import Measured, StageTrainer
 from unet_surgery.distill.world import World, join_world
 from unet_surgery.errors import OutputError, TrainingError
@@ -105,6 +106,7 @@ class _Run:
     on_progress: OnProgress
     identity: dict[str, Any]
     gallery: Gallery
+    trackers: Trackers
     clock: _Clock = field(default_factory=_Clock)
     roll_backs: int = 0
 
@@ -175,8 +177,11 @@ def _run(
     step = 0 if state is None else state.step
     metrics = Metrics(folder, step=step) if world.is_main else None
     stop = stack.enter_context(_Stop())
+    trackers = Trackers(config, folder, known)
+    if world.is_main:
+        stack.enter_context(trackers)
     gallery = Gallery(folder / PICTURES, config.pictures, base.parts, world)
-    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery)
+    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery, trackers)
     stack.callback(run.close)
     place = _Place(0, 0, 0)
     for number, stage in enumerate(config.stages):
@@ -286,6 +291,7 @@ def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
             "images_per_second": rate,
         }
         run.metrics.append(step, values)
+        run.trackers.log(step, values)
         left = sum(s.steps * s.batch for s in run.config.stages) - images
         run.on_progress(Progress(step, run.config.num_steps, rate, left / rate, measured.loss, None))
     if measured.most_bad_in_a_row > run.config.trouble.max_in_a_row:

@@ -23,6 +23,7 @@ from unet_surgery.distill.networks import (
     load_teacher,
     read_student_plan,
     recompute,
+    refuse_compiling,
 )
 from unet_surgery.distill.pairs import check_pairs, choose_pairs, tapped
 from unet_surgery.distill.similarity import match_layers
@@ -126,6 +127,7 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
+    refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
     teacher = None if teacher_folder is None else load_teacher(teacher_folder, folders.base, speed, world.device)
