@@ -187,7 +187,8 @@ def _more(plain: Row, ours: Row) -> list[Row]:
     return [
         replace(ours, name="cuDNN autotuned", autotune=True),
         replace(twice, name="twice the batch, compiled and autotuned", choices=compiled, autotune=True),
-        replace(twice, name="twice the batch", parts=True),
+        replace(twice, name="twice the batch"),
+        replace(ours, name="four micro-batches a step", batch=4 * ours.micro_batch, seconds=4.0, parts=True),
         replace(ours, name="launches alone: batch 2", batch=2, micro_batch=2, seconds=4.0),
         replace(plain, name="plain loop, fp16", choices=replace(plain.choices, dtype="fp16")),
         replace(plain, name="plain loop, no checkpointing", choices=replace(plain.choices, checkpointing="none")),
