@@ -218,24 +218,28 @@ def _on_cuda(rows: Sequence[Row], size: Size, device: torch.device, options: arg
 
 
 def _on_cpu(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Measure every row in a process of its own, in turns; print medians over the rounds."""
+    """Measure every row in a process of its own, in turns; print medians over the rounds, in the last."""
     results: dict[str, list[Result]] = {row.name: [] for row in rows}
-    for _ in range(options.rounds):
+    reference = 0.0
+    for number in range(options.rounds):
         for row in rows:
             command = [sys.executable, __file__, "--size", options.size, "--recipe", options.recipe]
             done = subprocess.run(
                 [*command, "--device", "cpu", "--one", json.dumps(asdict(row))], stdout=subprocess.PIPE, check=True
             )
             results[row.name].append(Result(**json.loads(done.stdout)))
-    reference = 0.0
-    for row in rows:
-        found = sorted(results[row.name], key=lambda result: result.images_per_second)
-        middle = found[len(found) // 2]
-        middle.process_bytes = max(result.process_bytes for result in found)
-        reference = reference or middle.images_per_second
-        spread = f"  ({found[0].images_per_second:.2f}–{found[-1].images_per_second:.2f})"
-        _say(middle, reference, spread)
-        _write(options, {**asdict(row), **asdict(middle)})
+            if number == options.rounds - 1:
+                middle, spread = _middle(results[row.name])
+                reference = reference or middle.images_per_second
+                _say(middle, reference, spread)
+                _write(options, {**asdict(row), **asdict(middle)})
+
+
+def _middle(results: Sequence[Result]) -> tuple[Result, str]:
+    """Return the median run with the highest peak of all, and the range of rates as text."""
+    found = sorted(results, key=lambda result: result.images_per_second)
+    middle = replace(found[len(found) // 2], process_bytes=max(result.process_bytes for result in found))
+    return middle, f"  ({found[0].images_per_second:.2f}–{found[-1].images_per_second:.2f})"
 
 
 def _measured(row: Row, size: Size, device: torch.device, options: argparse.Namespace) -> Result:
