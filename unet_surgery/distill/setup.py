@@ -113,6 +113,7 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
+    torch.backends.cudnn.benchmark = True  # shapes never change, so the first steps may look for the best kernels
     refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
