@@ -64,6 +64,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/ldm.py
 	$(BIN)/python benchmarks/hub.py
+	$(BIN)/python benchmarks/training.py --size toy --parts
 
 ablation: .venv/.tool
 	$(BIN)/python benchmarks/ablation.py

@@ -146,6 +146,25 @@ def test_pictures_instead_of_a_cache_give_the_same_losses(whole: Path, places: d
         assert ours == pytest.approx(theirs, rel=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["high_resolution", "full"])
+def test_recomputation_changes_nothing(whole: Path, places: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Also of the features that are compared: a reentrant checkpoint would give them no gradient."""
+    speed = {"dtype": "fp32", "channels_last": False, "checkpointing": kind}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2, speed=speed)
+    distill(RunConfig.from_data(data))
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for ours, theirs in zip(lines, metrics(whole), strict=False):
+        assert ours.pop("stage") == theirs.pop("stage")
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_compiling_on_a_cpu_is_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, speed={"compile": True})
+    with pytest.raises(RunError, match="wrong gradients"):
+        distill(RunConfig.from_data(data))
+
+
 def test_stages_follow_each_other_and_resume(places: dict[str, Path], tmp_path: Path) -> None:
     """Two stages, as OFA's: the task alone, then with a teacher; stopped in between, it goes on to the same weights."""
     stages = [
@@ -197,8 +216,10 @@ def test_what_moves_only_rounding_may_change(whole: Path, places: dict[str, Path
     from unet_surgery.distill.identity import breaking_changes
 
     before = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}))
-    free = {"micro_batch": 2, "save": {"every": 9}, "log": {"every": 3}, "steps": 99, "output": "elsewhere"}
-    after = RunConfig.from_data(run_data(whole, places["student"], {"cache": str(places["cache"])}, **free))
+    free = {"micro_batch": 2, "save": {"every": 9}, "log": {"every": 3}, "steps": 99}
+    after = RunConfig.from_data(
+        run_data(whole / "elsewhere", places["student"], {"cache": str(places["cache"])}, **free)
+    )
     assert not breaking_changes(before.model_dump(mode="json"), after.model_dump(mode="json"))
 
 
@@ -262,3 +283,163 @@ def test_a_tap_that_is_not_there_is_refused_before_the_first_step(places: dict[s
         distill(RunConfig.from_data(data))
     assert "down_blocks.9" in (caught.value.where or "")
     assert not metrics_bytes(tmp_path / "run")
+
+
+def test_tensorboard_hears_what_metrics_say(places: dict[str, Path], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data({**data, "log": {"every": 1, "trackers": ["tensorboard"]}}))
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    heard = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert heard == [(line["step"], pytest.approx(line["loss"])) for line in metrics(tmp_path / "run")]
+
+
+def test_pictures_of_fixed_prompts(places: dict[str, Path], tmp_path: Path) -> None:
+    """Teacher, student and average; the last grid goes into the student's card."""
+    from PIL import Image
+
+    pictures = {"every": 1, "prompts": ["a red house", "picture number 3"], "steps": 2, "guidance": 2.0}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2, pictures=pictures)
+    distill(RunConfig.from_data(data))
+    first, last = sorted((tmp_path / "run" / "pictures").iterdir())
+    assert first.read_bytes() != last.read_bytes()
+    assert (tmp_path / "run" / "student" / "samples.png").read_bytes() == last.read_bytes()
+    with Image.open(last) as grid:
+        assert grid.width > 3 * 128
+    assert "![Samples](samples.png)" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+@pytest.mark.extra
+def test_memory_does_not_grow(places: dict[str, Path], tmp_path: Path) -> None:
+    """500 steps: what is resident after 100 is what is resident at the end, but for a little of the allocator's."""
+    import os
+
+    page, seen = os.sysconf("SC_PAGE_SIZE"), {}
+
+    def note(progress: Any) -> None:
+        with open("/proc/self/statm") as file:
+            seen[progress.step] = int(file.read().split()[1]) * page
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=500, batch=2)
+    data |= {"log": {"every": 50}, "save": {"every": 100}}
+    distill(RunConfig.from_data(data), on_progress=note)
+    assert seen[500] < seen[100] + (24 << 20), {step: value >> 20 for step, value in seen.items()}
+
+
+def test_a_step_asks_the_device_for_nothing(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a value, or anything whose shape depends on values, would make a GPU wait: no such call in a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from unet_surgery.distill.trainer import StageTrainer
+
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "_unique2"}
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name().removeprefix("aten::").partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    step = StageTrainer.step
+
+    def watched(self: StageTrainer, *args: Any) -> None:
+        with Watch():
+            step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "step", watched)
+    objectives = {"min_snr": 5.0, "feature_kd": {"normalise": "teacher_power"}}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data({**data, "objectives": objectives, "log": {"every": 2}}))
+    assert "convolution" in seen
+    assert "_fused_adamw_" in seen
+    assert not waiting & set(seen)
+
+
+def test_a_step_is_what_a_plain_trainer_does(places: dict[str, Path], tmp_path: Path) -> None:
+    """One step beside thirty lines as BK-SDM's trainer has them: hooks by name, a sum of three terms, torch's AdamW."""
+    from diffusers import DDPMScheduler
+    from torch.nn import functional
+
+    from unet_surgery.data.keyed import KeyedNoise
+    from unet_surgery.data.latents import LatentCache
+    from unet_surgery.data.order import Order
+    from unet_surgery.runtime.parts import load_parts
+
+    weights = {"task": 0.5, "output_kd": 2.0, "feature_kd": 3.0}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=1, seed=7)
+    distill(RunConfig.from_data({**data, "objectives": weights, "optimizer": {"lr": 1e-3, "weight_decay": 0.1}}))
+
+    parts = load_parts(places["student"])
+    student, teacher = us.load_unet(places["student"]), us.load_unet(distilled_from())
+    noise, order = KeyedNoise(7), Order(10, 7)
+    moments, ids = LatentCache(places["cache"]).batch(order.indices(0, 4))
+    mean, std = moments.float().chunk(2, 1)
+    shape = (4, 8, 8)
+    latents = (mean + std * torch.from_numpy(noise.normals("posterior", 0, 4, shape))) * parts.vae.config.scaling_factor
+    epsilon = torch.from_numpy(noise.normals("noise", 0, 4, shape))
+    timesteps = (torch.from_numpy(noise.uniforms("timestep", 0, 4, 2)[:, 0].copy()) * 1000).long()
+    noisy = DDPMScheduler.from_config(parts.scheduler_config).add_noise(latents, epsilon, timesteps)
+    prompts = parts.text_encoder(ids)[0]
+    ours, theirs = {}, {}
+    pairs = [("down_blocks.0", "down_blocks.0"), ("down_blocks.1", "down_blocks.1")]
+    pairs += [("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out")]
+    pairs += [(f"up_blocks.{i}", f"up_blocks.{i + 1}") for i in range(3)]
+    for net, kept, side in ((student, ours, 0), (teacher, theirs, 1)):
+        for pair in pairs:
+            net.get_submodule(pair[side]).register_forward_hook(
+                lambda _m, _i, out, kept=kept, name=pair[side]: kept.__setitem__(name, out)
+            )
+    with torch.no_grad():
+        wanted = teacher(noisy, timesteps, prompts).sample
+    prediction = student(noisy, timesteps, prompts).sample
+
+    def first(value: Any) -> torch.Tensor:
+        return value[0] if isinstance(value, tuple) else value
+
+    features = [functional.mse_loss(first(ours[a]), first(theirs[b])) for a, b in pairs]
+    task, output = functional.mse_loss(prediction, epsilon), functional.mse_loss(prediction, wanted)
+    loss = 0.5 * task + 2.0 * output + 3.0 * sum(features)
+    adamw = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.1)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    adamw.step()
+
+    (line,) = metrics(tmp_path / "run")
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert (line["task"], line["output_kd"]) == pytest.approx((task.item(), output.item()), rel=1e-5)
+    terms = [value for key, value in line.items() if key.startswith("feature/")]
+    assert terms == pytest.approx([feature.item() for feature in features], rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    trained = tensors_of(tmp_path / "run")["weights"]
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4, msg=name)  # a tenth of the rate
+
+
+def distilled_from() -> Path:
+    from unet_surgery.hub import fetch_teacher, resolve_teacher
+
+    return fetch_teacher(resolve_teacher("tiny-random"), progress=lambda _d, _t: None).folder
+
+
+def test_a_rolled_back_run_keeps_its_noise_when_resumed(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from unet_surgery.distill import run as module
+    from unet_surgery.distill.state import save_state
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=1)
+    distill(RunConfig.from_data(data))
+    state = load_state(state_folders(tmp_path / "run")[-1])
+    save_state(tmp_path / "run", replace(state, facts={**state.facts, "roll_backs": 2}))
+    salts = []
+    keyed = module.KeyedNoise
+    monkeypatch.setattr(module, "KeyedNoise", lambda seed, salt: salts.append(salt) or keyed(seed, salt))
+    distill(RunConfig.from_data({**data, "steps": 2}))
+    assert set(salts) == {2}
+    assert load_state(state_folders(tmp_path / "run")[-1]).facts["roll_backs"] == 2

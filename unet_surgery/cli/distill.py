@@ -32,6 +32,19 @@ def distill(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole run file, defaults filled in, and stop.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run costs and what it would be refused for, and stop.")
+    ] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            "--tflops", min=0.001, help="For --dry-run: what a device does, in TFLOP/s. Default: 0.4 of its peak."
+        ),
+    ] = None,
+    find_batch: Annotated[
+        bool, typer.Option("--find-batch", help="Try which micro_batch fits this device, and stop. Writes nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For --dry-run and --find-batch: print JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a student to do what its teacher does, or go on where a run stopped. Needs torch.
@@ -41,13 +54,27 @@ def distill(
 
     For many processes: accelerate launch -m unet_surgery.distill RUN.yaml
 
-    Example: unet-surgery distill examples/runs/toy_bk_tiny.yaml --set steps=100
+    Before paying: --dry-run needs configs only, --find-batch needs the device.
+
+    Example: unet-surgery distill examples/runs/bk_tiny.yaml --dry-run --tflops 350
     """
     from unet_surgery.distill.runfile import load_run, to_yaml
 
     config = load_run(run, changes or ()).config
     if print_config:
         show(to_yaml(config).removesuffix("\n"))
+        return
+    if dry_run:
+        from unet_surgery.cli.distillreport import report_dry_run
+
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if not report_dry_run(config, tflops=tflops, num_processes=num_processes, as_json=as_json):
+            raise typer.Exit(2)
+        return
+    if find_batch:
+        from unet_surgery.cli.distillreport import report_find_batch
+
+        report_find_batch(config, quiet=quiet, as_json=as_json)
         return
     is_main = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not is_main

@@ -39,7 +39,7 @@ class Terms:
     total: Tensor
     values_K: Tensor
     power_P: Tensor
-    """The mean square of each of the teacher's activations."""
+    """The mean square of each of the teacher's activations; zeros where nothing is divided by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ def compare(
     features_P = power_now_P = torch.zeros_like(power_P)
     if theirs is not None and ours[1]:
         features_P = objectives.feature_kd(ours[1], theirs[1])
-        power_now_P = objectives.mean_squares(theirs[1])
+        if wanted.feature_kd.normalise == "teacher_power":
+            power_now_P = objectives.mean_squares(theirs[1])
         total = total + wanted.feature_kd.weight * (features_P / power_P).sum()
     values_K = torch.cat([torch.stack([task, output]), features_P]).detach()
     return Terms(total, values_K, power_now_P)

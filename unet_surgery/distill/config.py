@@ -94,7 +94,7 @@ class NoiseConfig(_Model):
     """How latents become what the networks see."""
 
     timesteps: Literal["uniform", "half_high"] = "uniform"
-    """``half_high``: every second sample at 1000·u^0.25, where more noise is."""
+    """``half_high``: each sample, with probability ½, at 1000·u^0.25 in place of 1000·u, where more noise is."""
     offset: Weight = 0.0
     """Noise offset: a share of noise that is the same in a whole channel."""
     caption_drop: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -255,6 +255,11 @@ class RunConfig(_Model):
             pydantic.ValidationError: a key is unknown, missing or has a wrong value.
         """
         return cls.model_validate(with_stages(data))
+
+    @property
+    def run_name(self) -> str:
+        """What others call the run: the last part of its folder's path."""
+        return self.output.rstrip("/").rpartition("/")[2] or "run"
 
     @property
     def num_steps(self) -> int:

@@ -24,6 +24,7 @@ from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.finish import write_trained
+from unet_surgery.distill.flopuse import FlopUse, flop_use
 from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.identity import identity, refuse_changes
 from unet_surgery.distill.metrics import METRICS, Metrics
@@ -31,6 +32,7 @@ from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import Base, micro_batches, open_base, set_up
 from unet_surgery.distill.state import CHECKPOINTS, TrainingState, load_state, newest_state, save_state
+from unet_surgery.distill.trackers import Trackers
 from unet_surgery.distill.trainer import Measured, StageTrainer
 from unet_surgery.distill.world import World, join_world
 from unet_surgery.errors import OutputError, TrainingError
@@ -105,8 +107,10 @@ class _Run:
     on_progress: OnProgress
     identity: dict[str, Any]
     gallery: Gallery
+    trackers: Trackers
     clock: _Clock = field(default_factory=_Clock)
     roll_backs: int = 0
+    use: FlopUse = field(default_factory=FlopUse)
 
     def close(self) -> None:
         """Close the metrics, whichever are open: a roll-back opens them again."""
@@ -175,8 +179,11 @@ def _run(
     step = 0 if state is None else state.step
     metrics = Metrics(folder, step=step) if world.is_main else None
     stop = stack.enter_context(_Stop())
+    trackers = Trackers(config, folder, known)
+    if world.is_main:
+        stack.enter_context(trackers)
     gallery = Gallery(folder / PICTURES, config.pictures, base.parts, world)
-    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery)
+    run = _Run(config, world, folder, folders, base, metrics, stop, on_progress, known, gallery, trackers)
     stack.callback(run.close)
     place = _Place(0, 0, 0)
     for number, stage in enumerate(config.stages):
@@ -201,6 +208,7 @@ def _stage(run: _Run, place: _Place, state: TrainingState | None) -> TrainingSta
     while True:
         run.roll_backs = max(run.roll_backs, 0 if state is None else int(state.facts["roll_backs"]))
         trainer = set_up(run.config, place.number, run.folders, run.base, run.world)
+        run.use = flop_use(run.config, place.number, run.folders, run.base, run.world)
         done = 0
         if state is not None and state.step > place.first_step:
             trainer.restore(state.tensors, state.facts["trainer"])
@@ -285,9 +293,13 @@ def _log(run: _Run, place: _Place, trainer: StageTrainer, number: int) -> None:
             "bad_steps": measured.bad_steps,
             "images_per_second": rate,
         }
+        mfu = run.use.share(rate)
+        if mfu is not None:
+            values["mfu"] = mfu
         run.metrics.append(step, values)
+        run.trackers.log(step, values)
         left = sum(s.steps * s.batch for s in run.config.stages) - images
-        run.on_progress(Progress(step, run.config.num_steps, rate, left / rate, measured.loss, None))
+        run.on_progress(Progress(step, run.config.num_steps, rate, left / rate, measured.loss, mfu))
     if measured.most_bad_in_a_row > run.config.trouble.max_in_a_row:
         if run.roll_backs >= run.config.trouble.max_roll_backs:
             raise _given_up(run, place, trainer, step, measured)

@@ -129,7 +129,7 @@ def _explain(
     path = tuple(first["loc"])
     as_written = _as_written(path, data)
     where = next(
-        (origins[p[:n]] for p in (path, as_written) for n in range(len(p), 0, -1) if p[:n] in origins),
+        (said for at, said in origins.items() for p in (path, as_written) if at[: len(p)] == p[: len(at)]),
         located.where(as_written),
     )
     key = ".".join(map(str, as_written))

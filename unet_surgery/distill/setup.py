@@ -15,6 +15,7 @@ from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.compute import Compute, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
+from unet_surgery.distill.dealing import deal
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.networks import (
     Folders,
@@ -33,7 +34,7 @@ from unet_surgery.distill.world import World
 from unet_surgery.errors import RunError
 from unet_surgery.lower.features import FeaturePair
 from unet_surgery.runtime.parts import Parts
-from unet_surgery.runtime.taps import Tapped, tap_name
+from unet_surgery.runtime.taps import Tapped, tap_name, trace_taps_under_checkpointing
 
 __all__ = ["Base", "latent_shape", "micro_batches", "open_base", "set_up"]
 
@@ -101,22 +102,7 @@ def micro_batches(config: RunConfig, stage: Stage, world: World) -> tuple[int, i
     Raises:
         RunError: the batch cannot be dealt out evenly.
     """
-    size = config.micro_batch or stage.batch // world.size
-    if size == 0 or stage.batch % (size * world.size):
-        raise RunError(
-            "the batch cannot be dealt out evenly",
-            where=f"stage {stage.name}",
-            expected="batch = micro_batch × processes × a whole number",
-            found=f"batch {stage.batch}, micro_batch {config.micro_batch}, {world.size} processes",
-            hint=f"micro_batch: {_nearest(stage.batch, size, world.size)}",
-        )
-    return size, stage.batch // (size * world.size)
-
-
-def _nearest(batch: int, size: int, num_processes: int) -> str:
-    share = batch // num_processes
-    fits = [n for n in range(1, share + 1) if share % n == 0 and batch % num_processes == 0]
-    return str(min(fits, key=lambda n: abs(n - size))) if fits else "… and a batch that the processes divide"
+    return deal(config, stage, world.size)
 
 
 def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: World) -> StageTrainer:
@@ -127,6 +113,7 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
+    torch.backends.cudnn.benchmark = True  # shapes never change, so the first steps may look for the best kernels
     refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
@@ -137,6 +124,8 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
     prepare = Preparation(base.parts, base.schedule, stage.noise, base.samples.latents, speed.channels_last)
     pairs = () if teacher is None else _pairs(config, stage, folders, student, teacher, base, prepare)
     recompute(student, speed.checkpointing)
+    if speed.compile and speed.checkpointing != "none":
+        trace_taps_under_checkpointing()
     ours, theirs = Tapped(student, ()), None
     if teacher is not None:
         ours, theirs = tapped(student, teacher, pairs)

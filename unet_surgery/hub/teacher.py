@@ -55,6 +55,18 @@ class HubTeacher:
         folder = download(self.repository, names) if names else self.repository.folder
         return folder / self.inside
 
+    def part_configs(self) -> None:
+        """Fetch the configs of a pipeline's other parts into the folder that :meth:`configs` returns, no weights.
+
+        Raises:
+            HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
+        """
+        ends = ("/config.json", "/scheduler_config.json")
+        there = [n for n in self.names if n.startswith(self.inside) and n.endswith(ends)]
+        wanted = [n for n in there if n.removeprefix(self.inside).count("/") == 1]
+        if self.file is None and f"{self.inside}{INDEX}" in self.names and wanted:
+            download(self.repository, wanted)
+
     def cached(self) -> LocalWeights | None:
         """Return the U-Net's weights that the repository's listing means, if the Hub cache has them whole."""
         choice = self._choice()

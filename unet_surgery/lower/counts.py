@@ -50,7 +50,7 @@ def part_of(placed: Placed) -> str:
 
 def quantity(number: int) -> str:
     """Return a count for people, in four digits and a unit: ``323.4 M``, ``1.331 G``."""
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+    for unit, size in (("E", 10**18), ("P", 10**15), ("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             value = number / size
             decimals = 3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0

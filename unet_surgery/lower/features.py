@@ -13,7 +13,7 @@ from typing import Literal
 
 from unet_surgery.graph.nodes import Stage, UNetGraph
 
-__all__ = ["FeatureMap", "FeaturePair", "Tap", "feature_map"]
+__all__ = ["FeatureMap", "FeaturePair", "Tap", "feature_map", "tap_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,11 @@ class Tap:
     module: str
     at: Literal["input", "output"] = "output"
     layout: Literal["image", "tokens"] = "image"
+
+
+def tap_name(tap: Tap) -> str:
+    """Return ``tap`` as errors and logs call it."""
+    return tap.module if tap.at == "output" else f"input of {tap.module}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_surgery.errors import VerificationError, first_few, printable
-from unet_surgery.lower.features import Tap
+from unet_surgery.lower.features import Tap, tap_name
 
 __all__ = ["Tapped", "tap_name", "trace_taps_under_checkpointing"]
 
@@ -96,11 +96,6 @@ class Tapped(nn.Module):  # type: ignore[misc]
         """Take the taps out of the network again; this module can not run afterwards, ``unet`` can."""
         for hook in self._hooks:
             hook.remove()
-
-
-def tap_name(tap: Tap) -> str:
-    """Return ``tap`` as errors and logs call it."""
-    return tap.module if tap.at == "output" else f"input of {tap.module}"
 
 
 def trace_taps_under_checkpointing() -> None:

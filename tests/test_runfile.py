@@ -1,0 +1,173 @@
+"""Run files: what they say, what ``--set`` changes, and errors that know their line. All of it without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import run_command
+
+from unet_surgery.distill import RunConfig, load_run, to_yaml
+from unet_surgery.distill.runfile import parse_run
+from unet_surgery.errors import RunError
+
+PLAIN = """\
+output: runs/x
+student: ./student
+teacher: tiny-random
+data:
+  cache: ./latents
+steps: 10
+optimizer: {lr: 5e-5, warmup: 3}
+objectives:
+  feature_kd: 2.0
+"""
+
+STAGES = """\
+output: runs/x
+student: ./student
+data: {cache: ./latents}
+batch: 128
+optimizer: {lr: 1.0e-5, warmup: 10}
+stages:
+  - name: task
+    steps: 500
+    objectives: {output_kd: 0, feature_kd: 0}
+  - name: kd
+    steps: 400
+    teacher: one
+    optimizer: {warmup: 5}
+  - name: features
+    teacher: two
+    objectives:
+      feature_kd: {pairs: similarity}
+"""
+
+
+def test_short_forms_and_defaults() -> None:
+    config = parse_run(PLAIN, "run.yaml")
+    (stage,) = config.stages
+    assert (stage.steps, stage.batch, stage.teacher) == (10, 256, "tiny-random")
+    assert (stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.weight_decay) == (5e-5, 3, 1e-2)
+    assert (stage.objectives.feature_kd.weight, stage.objectives.feature_kd.pairs) == (2.0, "bk")
+
+
+def test_stages_take_what_they_do_not_say() -> None:
+    config = parse_run(STAGES, "run.yaml")
+    assert [stage.steps for stage in config.stages] == [500, 400, 50_000]
+    assert [stage.batch for stage in config.stages] == [128] * 3
+    assert [(s.optimizer.lr, s.optimizer.warmup) for s in config.stages] == [(1e-5, 10), (1e-5, 5), (1e-5, 10)]
+    assert [stage.teacher for stage in config.stages] == [None, "one", "two"]
+    assert config.num_steps == 50_900
+    assert config.num_samples == 50_900 * 128
+
+
+@pytest.mark.parametrize("text", [PLAIN, STAGES], ids=["one stage", "stages"])
+def test_what_is_printed_is_the_same_run(text: str) -> None:
+    config = parse_run(text, "run.yaml")
+    assert parse_run(to_yaml(config), "printed") == config
+    assert RunConfig.from_data(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ("steps=7", lambda c: c.stages[0].steps == 7),
+        ("optimizer.lr=1e-3", lambda c: c.stages[0].optimizer.lr == 1e-3 and c.stages[0].optimizer.warmup == 3),
+        ("objectives.feature_kd.pairs=plan", lambda c: c.stages[0].objectives.feature_kd.weight == 2.0),
+        ("micro_batch=null", lambda c: c.micro_batch is None),
+        ("pictures={every: 5, prompts: [a house]}", lambda c: c.pictures.prompts == ("a house",)),
+        ("speed.dtype=fp32", lambda c: c.speed.dtype == "fp32"),
+    ],
+)
+def test_set(change: str, read: Any) -> None:
+    assert read(parse_run(PLAIN, "run.yaml", [change]))
+
+
+def test_set_at_the_top_is_meant_for_every_stage() -> None:
+    config = parse_run(STAGES, "run.yaml", ["steps=3", "optimizer.warmup=1", "stages.2.batch=64"])
+    assert [stage.steps for stage in config.stages] == [3, 3, 3]
+    assert [stage.optimizer.warmup for stage in config.stages] == [1, 1, 1]
+    assert [stage.batch for stage in config.stages] == [128, 128, 64]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "says"),
+    [
+        (PLAIN.replace("steps:", "stepps:"), "run.yaml:6:1", "did you mean 'steps'"),
+        (PLAIN.replace("warmup", "warm_up"), "run.yaml:7:23", "did you mean 'warmup'"),
+        (PLAIN.replace("5e-5", "fast"), "run.yaml:7:13", "fast"),
+        (PLAIN.replace("5e-5", "-1"), "run.yaml:7:13", "greater than 0"),
+        (PLAIN.replace("5e-5", ".nan"), "run.yaml:7:17", "not text, a number"),
+        (PLAIN.replace("feature_kd: 2.0", "feature_kd: {pairs: all}"), "run.yaml:9:16", "'bk', 'plan'"),
+        (PLAIN.replace("teacher: tiny-random\n", ""), "run.yaml", "need a teacher"),
+        (
+            PLAIN.replace("  cache: ./latents", "  cache: ./a\n  images: ./b"),
+            "run.yaml:4:1",
+            "cache and images is given",
+        ),
+        (PLAIN.replace("student: ./student\n", ""), "run.yaml", "has no 'student'"),
+        (PLAIN.replace("steps: 10", "steps: 0"), "run.yaml:6:1", "greater than or equal to 1"),
+        (PLAIN.replace("steps: 10", "steps: &a 10"), "run.yaml:6", "anchors are not allowed in a run file"),
+        (PLAIN.replace("steps: 10", "steps: 10\nsteps: 11"), "run.yaml:7:1", "stands twice"),
+        ("- a list\n", "run.yaml:1:1", "is not a mapping"),
+        (STAGES.replace("steps: 400", "steps: many"), "run.yaml:11:5", "many"),
+        (STAGES.replace("batch: 128", "batch: big"), "run.yaml:4:1", "big"),
+        (STAGES.replace("    teacher: one\n", ""), "run.yaml:10", "need a teacher"),
+        (PLAIN + "name: x\n", "run.yaml:10:1", "unknown key 'name'"),
+    ],
+    ids=lambda value: "" if "\n" in value else value,
+)
+def test_errors_know_their_line(text: str, where: str, says: str) -> None:
+    with pytest.raises(RunError) as caught:
+        parse_run(text, "run.yaml")
+    assert (caught.value.where or "").startswith(where), str(caught.value)
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "change", ["steps", "=3", "stages.7.steps=1", "data.cache.name=3", "optimizer.lrr=1", "a..b=1"]
+)
+def test_wrong_changes(change: str) -> None:
+    with pytest.raises(RunError) as caught:
+        parse_run(STAGES, "run.yaml", [change])
+    assert "--set" in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be read"):
+        load_run(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RunError, match="UTF-8"):
+        load_run(tmp_path / "bytes.yaml")
+    (tmp_path / "large.yaml").write_text("a: " + "x" * (1 << 20))
+    with pytest.raises(RunError, match="too large"):
+        load_run(tmp_path / "large.yaml")
+
+
+def test_the_command_prints_the_whole_run(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(PLAIN)
+    done = run_command("distill", str(tmp_path / "run.yaml"), "--set", "seed=5", "--print-config")
+    assert done.returncode == 0, done.stderr
+    config = parse_run(done.stdout, "printed")
+    assert config == load_run(tmp_path / "run.yaml", ["seed=5"]).config
+    typo = run_command("distill", str(tmp_path / "run.yaml"), "--set", "sede=5")
+    assert typo.returncode == 2
+    assert "did you mean 'seed'" in typo.stderr
+    assert "Traceback" not in typo.stderr
+
+
+def test_reading_a_run_loads_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(PLAIN)
+    code = (
+        "import sys; from unet_surgery.distill import load_run, to_yaml; to_yaml(load_run(sys.argv[1]).config);"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,82 @@
+"""Who else hears of a run's metrics: tensorboard, wandb and trackio, through accelerate's trackers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unet_surgery.distill.config import RunConfig
+from unet_surgery.errors import MissingExtraError, printable
+
+__all__ = ["Trackers"]
+
+TENSORBOARD = "tensorboard"
+
+
+class Trackers:
+    """A context manager; in the main process only. A run that goes on continues its lines where the tracker can.
+
+    Raises:
+        MissingExtraError: a tracker's package is not installed.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._config = config
+        self._folder = folder
+        # The same run, resumed, has the same id.
+        text = json.dumps([config.run_name, dict(identity)], sort_keys=True)
+        self._id = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._started: list[Any] = []
+
+    def __enter__(self) -> Trackers:
+        for name in self._config.log.trackers:
+            self._started.append(self._start(name))
+        return self
+
+    def _start(self, name: str) -> Any:
+        try:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            tracker = LOGGER_TYPE_TO_CLASS[name](self._config.log.project, **self._options(name))
+            tracker.start()
+        except ImportError as error:
+            raise MissingExtraError(
+                f"log.trackers names {name}, which is not installed",
+                found=printable(str(error)),
+                hint=f"pip install accelerate {name}, or leave it out: metrics.jsonl has everything",
+            ) from error
+        tracker.store_init_configuration(_flat(self._config.model_dump(mode="json")))
+        return tracker
+
+    def _options(self, name: str) -> dict[str, Any]:
+        if name == TENSORBOARD:
+            return {"logging_dir": str(self._folder / TENSORBOARD)}
+        if name == "wandb":
+            return {"id": self._id, "name": self._config.run_name, "resume": "allow", "dir": str(self._folder)}
+        return {"name": f"{self._config.run_name}-{self._id}", "resume": "allow"}
+
+    def log(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Pass on the numbers of one look."""
+        numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
+        for tracker in self._started:
+            tracker.log(numbers, step=step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in self._started:
+            tracker.finish()
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, str | float | bool]:
+    """Return nested data as dotted keys and plain values, which is all that trackers store."""
+    if isinstance(data, dict):
+        return {k: v for name, value in data.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    if isinstance(data, list) and any(isinstance(item, dict) for item in data):
+        return {k: v for i, item in enumerate(data) for k, v in _flat(item, f"{prefix}{i}.").items()}
+    is_plain = isinstance(data, (str, int, float, bool))
+    return {prefix.removesuffix("."): data if is_plain else json.dumps(data)}
