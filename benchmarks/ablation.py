@@ -122,6 +122,7 @@ def run_or_report(options: argparse.Namespace, settings: Settings) -> int:
     if options.job is not None:
         run_job(job_of(options.job), settings, options.results, options.work)
         return 0
+    teacher_digest(settings.teacher)  # where there is none, one error is better than as many as there are jobs
     jobs = [job for job in all_jobs() if not options.only or any(part in job.name for part in options.only)]
     failed = run_all([job for job in jobs if kept(job, settings, options.results) is None], settings, options)
     results = [found for job in all_jobs() if (found := kept(job, settings, options.results)) is not None]

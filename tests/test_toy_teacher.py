@@ -445,6 +445,15 @@ def vars_of(wanted: Any) -> dict[str, Any]:
     return {name: getattr(wanted, name) for name in type(wanted).__dataclass_fields__}
 
 
+def test_an_ablation_without_its_teacher_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ablation
+
+    words = ["--teacher", "nobody", "--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
+    assert ablation.main(words) == TeacherError.exit_code
+    assert capsys.readouterr().err.count("there is no teacher 'nobody'") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_table_has_means_and_ranges() -> None:
     import ablation
 
