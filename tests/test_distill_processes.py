@@ -110,11 +110,12 @@ def test_half_on_two_processes_half_on_one(alone: Path, places: dict[str, Path],
     assert_equal_to_rounding(out, alone)
 
 
-def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path) -> None:
-    """bf16 with accumulation: gradients are summed in fp32 and meet once a step."""
-    data = steady(tmp_path / "one", places, steps=3, speed={"dtype": "bf16", "channels_last": False}, micro_batch=1)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path, engine: str) -> None:
+    """bf16 as it is by default, with accumulation: gradients are summed in fp32, and meet so."""
+    data = steady(tmp_path / "one", places, steps=3, speed={"dtype": "bf16"}, micro_batch=1)
     distill(RunConfig.from_data(data))
-    launch("ddp", write_run(tmp_path / "run.yaml", {**data, "output": str(tmp_path / "two")}))
+    launch(engine, write_run(tmp_path / "run.yaml", {**data, "output": str(tmp_path / "two")}))
     for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 __all__ = ["KeyedNoise"]
 
 WORDS_PER_COUNT = 4  # what Philox 4x64 gives for each value of its counter
-BITS = 24  # of a float32's mantissa
+BITS = 23  # so that half a step below 1 is still a float32
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def compare(
     weights_B: Tensor | None,
     power_P: Tensor,
 ) -> Terms:
-    """Return the terms between (prediction, activations) of student and teacher; a term of weight 0 is not computed."""
+    """Return the terms between (prediction, activations) of student and teacher; one of weight 0 is still measured."""
     none = torch.zeros((), device=target_BCHW.device)
     task = objectives.task(ours[0], target_BCHW, weights_B)
     output = objectives.output_kd(ours[0], theirs[0]) if theirs is not None else none

@@ -141,6 +141,10 @@ class Speed(_Model):
     compile: bool = False
     """torch.compile of both networks: slow to begin, faster from then on."""
     channels_last: bool = True
+    autotune: bool = True
+    """Let cuDNN time its kernels and keep the fastest."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, so that a resume on a GPU is exact; slower."""
     checkpointing: Literal["none", "high_resolution", "full"] = "none"
     """Recompute activations in the backward: of the first level only, or of all; saves memory, costs time."""
 

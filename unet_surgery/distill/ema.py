@@ -43,9 +43,16 @@ class Ema:
 
         Nothing is done at steps that ``every`` does not divide.
         """
-        if step % self.every:
-            return
-        weight = 1 - self.decay_at(step)
+        if step % self.every == 0:
+            self._move(1 - self.decay_at(step))
+
+    def catch_up(self, step: int) -> None:
+        """Take in the parameters at the end, after optimizer step ``step``: of the steps since the last update."""
+        rest = step % self.every
+        if rest:
+            self._move(1 - self.decay_at(step) ** (rest / self.every))
+
+    def _move(self, weight: float) -> None:
         pairs = list(zip(self._shadow, self._params, strict=True))
         same = [pair for pair in pairs if pair[1].dtype == torch.float32]
         with torch.no_grad():

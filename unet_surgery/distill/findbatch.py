@@ -31,11 +31,12 @@ from unet_surgery.distill.batchsearch import largest_fitting
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.dealing import micro_batch_sizes
 from unet_surgery.distill.flopuse import FlopUse, flop_use
+from unet_surgery.distill.kernels import kernels
 from unet_surgery.distill.networks import find_folders
 from unet_surgery.distill.setup import Base, open_base, set_up
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.world import World, join_world
-from unet_surgery.errors import TrainingError, UsageError
+from unet_surgery.errors import TrainingError, UsageError, printable
 
 __all__ = ["MEMORY_SHARE", "Found", "Trial", "available_bytes", "find_batch"]
 
@@ -98,19 +99,30 @@ def find_batch(
             raise UsageError(
                 "the batch is looked for in one process", found=f"{world.size}", hint="run without accelerate launch"
             )
-        number, stage = _heaviest(config)
-        folders = find_folders(config, on_bytes)
-        base = open_base(config, folders, world)
-        trainer = set_up(config, number, folders, base, world)
-        use = flop_use(config, number, folders, base, world)
-        is_cpu = world.device.type == "cpu"
-        if is_cpu and limit is None:
-            limit = int(MEMORY_SHARE * available_bytes()) + _resident_bytes()
-        search = _Search(config, stage, base, trainer, world, use, limit if is_cpu else None, on_trial)
-        found = largest_fitting(micro_batch_sizes(config), search.fits)
-        return Found(_named(world.device), stage.name, stage.batch, found, search.limit, tuple(search.trials))
+        with kernels(config.speed):
+            return _look(config, world, limit, on_trial, on_bytes)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "the networks alone do not fit the device",
+            found=printable(str(error).partition("\n")[0]),
+            hint="optimizer.kind: adamw8bit, or a smaller student",
+        ) from error
     finally:
         world.leave()
+
+
+def _look(config: RunConfig, world: World, limit: int | None, on_trial: OnTrial, on_bytes: disk.Progress) -> Found:
+    number, stage = _heaviest(config)
+    folders = find_folders(config, on_bytes)
+    base = open_base(config, folders, world)
+    trainer = set_up(config, number, folders, base, world)
+    use = flop_use(config, number, folders, base, world)
+    is_cpu = world.device.type == "cpu"
+    if is_cpu and limit is None:
+        limit = int(MEMORY_SHARE * available_bytes()) + _resident_bytes()
+    search = _Search(config, stage, base, trainer, world, use, limit if is_cpu else None, on_trial)
+    found = largest_fitting(micro_batch_sizes(config), search.fits)
+    return Found(_named(world.device), stage.name, stage.batch, found, search.limit, tuple(search.trials))
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import PictureConfig
-from unet_surgery.distill.world import World
+from unet_surgery.errors import SurgeryError, printable
 from unet_surgery.runtime.parts import Parts
 from unet_surgery.sample.draw import sample
 from unet_surgery.sample.grid import grid
 
 __all__ = ["Gallery"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -29,33 +32,34 @@ class Gallery:
     folder: Path
     config: PictureConfig
     parts: Parts
-    world: World
+    device: torch.device
     _teachers: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
 
     def draw(
         self,
         step: int,
         unet_config: Mapping[str, Any],
-        columns: Mapping[str, Iterator[tuple[str, Tensor]]],
+        columns: Mapping[str, Mapping[str, Tensor]],
         teacher: nn.Module | None,
+        stage: int,
     ) -> None:
-        """Write ``step-….png`` into the folder; every process must ask, since whole weights are gathered from all.
+        """Write ``step-….png`` into the folder. Pictures that cannot be drawn are no reason to end a run.
 
-        ``columns`` are the weights to draw with: title → (name, whole tensor).
+        ``columns`` are the weights to draw with: title → name → whole tensor. ``stage`` tells teachers apart.
         """
-        pictures: dict[str, NDArray[np.uint8]] = {}
-        if teacher is not None and self.world.is_main:
-            if id(teacher) not in self._teachers:
-                self._teachers = {id(teacher): self._sample(teacher)}
-            pictures["teacher"] = self._teachers[id(teacher)]
-        for title, tensors in columns.items():
-            held = {name: tensor for name, tensor in tensors if self.world.is_main}
-            if self.world.is_main:
-                pictures[title] = self._sample(self._network(unet_config, held))
-        if self.world.is_main:
+        try:
+            pictures: dict[str, NDArray[np.uint8]] = {}
+            if teacher is not None:
+                if stage not in self._teachers:
+                    self._teachers = {stage: self._sample(teacher)}
+                pictures["teacher"] = self._teachers[stage]
+            for title, tensors in columns.items():
+                pictures[title] = self._sample(self._network(unet_config, tensors))
             disk.make_folders(self.folder)
             data = grid(pictures, self.config.prompts)
             disk.replace_file(self.folder / f"step-{step:08d}.png", data, force=True)
+        except (SurgeryError, OSError, torch.OutOfMemoryError) as error:
+            log.warning("no pictures at step %d, training goes on: %s", step, printable(str(error)))
 
     def _network(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -63,7 +67,7 @@ class Gallery:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(config))
         unet.load_state_dict(tensors, assign=True, strict=True)
-        return nn.Module.to(unet, device=self.world.device, dtype=self.parts.text_encoder.dtype).eval()
+        return nn.Module.to(unet, device=self.device, dtype=self.parts.text_encoder.dtype).eval()
 
     def _sample(self, unet: nn.Module) -> NDArray[np.uint8]:
         config = self.config

@@ -36,6 +36,7 @@ __all__ = [
     "refuse_compiling",
 ]
 
+CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -99,13 +100,13 @@ def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
             unet = UNet2DConditionModel.from_config(json.loads(path.read_text("utf-8")))
     else:
         unet = load_unet(folder)
-    if unet.config.addition_embed_type is not None or unet.config.class_embed_type is not None:
+    other = {key: unet.config[key] for key in CONDITIONS if unet.config.get(key) is not None}
+    if other or unet.config.in_channels != unet.config.out_channels:
         raise RunError(
             "this kind of U-Net cannot be trained here yet",
             where=str(folder),
-            expected="one that is conditioned on a prompt alone, as in SD v1 and v2",
-            found=f"addition_embed_type {unet.config.addition_embed_type}, class_embed_type "
-            f"{unet.config.class_embed_type}",
+            expected="one that sees noisy latents and is conditioned on a prompt alone, as in SD v1 and v2",
+            found=printable(other or f"{unet.config.in_channels} channels in, {unet.config.out_channels} out"),
         )
     return unet.float().train()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.compute import Compute, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
-from unet_surgery.distill.dealing import deal
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.networks import (
     Folders,
@@ -32,11 +32,11 @@ from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.weights import DTYPES, TrainedWeights
 from unet_surgery.distill.world import World
 from unet_surgery.errors import RunError
-from unet_surgery.lower.features import FeaturePair
+from unet_surgery.lower.features import FeaturePair, Tap
 from unet_surgery.runtime.parts import Parts
 from unet_surgery.runtime.taps import Tapped, tap_name, trace_taps_under_checkpointing
 
-__all__ = ["Base", "latent_shape", "micro_batches", "open_base", "set_up"]
+__all__ = ["Base", "latent_shape", "open_base", "set_up"]
 
 log = logging.getLogger(__name__)
 
@@ -96,33 +96,37 @@ def latent_shape(samples: TrainingSet, parts: Parts) -> tuple[int, int, int]:
     return parts.vae.config.latent_channels, height // shrink, width // shrink
 
 
-def micro_batches(config: RunConfig, stage: Stage, world: World) -> tuple[int, int]:
-    """Return how many samples a process takes at once, and how often before a step: their product is its share.
-
-    Raises:
-        RunError: the batch cannot be dealt out evenly.
-    """
-    return deal(config, stage, world.size)
-
-
-def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: World) -> StageTrainer:
+def set_up(
+    config: RunConfig,
+    number: int,
+    folders: Folders,
+    base: Base,
+    world: World,
+    *,
+    frozen: Sequence[Mapping[str, Any]] | None = None,
+) -> StageTrainer:
     """Make the trainer of a stage: networks on the device, pairs checked by a forward before anything is trained.
+
+    ``frozen`` are the feature pairs that an earlier part of the run was trained with, as its state has them.
 
     Raises:
         RunError: features are to be compared, and the student has no plan.
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
-    torch.backends.cudnn.benchmark = True  # shapes never change, so the first steps may look for the best kernels
     refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
     teacher = None if teacher_folder is None else load_teacher(teacher_folder, folders.base, speed, world.device)
     student = student.to(world.device)
-    if speed.channels_last:
+    if _is_channels_last(config, stage, world):
         student = student.to(memory_format=torch.channels_last)
     prepare = Preparation(base.parts, base.schedule, stage.noise, base.samples.latents, speed.channels_last)
-    pairs = () if teacher is None else _pairs(config, stage, folders, student, teacher, base, prepare)
+    chosen = None
+    if teacher is not None and frozen is None:
+        chosen = world.on_main(lambda: _pairs(config, stage, folders, student, teacher, base, prepare))
+    data = frozen or world.share([asdict(pair) for pair in chosen or ()])
+    pairs = tuple(_pair(pair) for pair in data)
     recompute(student, speed.checkpointing)
     if speed.compile and speed.checkpointing != "none":
         trace_taps_under_checkpointing()
@@ -138,8 +142,17 @@ def set_up(config: RunConfig, number: int, folders: Folders, base: Base, world: 
         teacher=None if theirs is None else _compiled(theirs, speed.compile),
         compare=_compiled(compare, speed.compile),
     )
-    names = tuple(f"feature/{tap_name(pair.student)}" for pair in pairs)
-    return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=names, scales_loss=speed.dtype == "fp16")
+    return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16")
+
+
+def _is_channels_last(config: RunConfig, stage: Stage, world: World) -> bool:
+    """FSDP2 shards contiguous parameters only, and bitsandbytes makes those it updates contiguous."""
+    plain = world.engine != "fsdp2" and stage.optimizer.kind == "adamw"
+    return config.speed.channels_last and plain
+
+
+def _pair(data: Mapping[str, Any]) -> FeaturePair:
+    return FeaturePair(Tap(**data["student"]), Tap(**data["teacher"]), data["channels"], data["stride"])
 
 
 def _compiled(what: Any, wanted: bool) -> Any:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.errors import MissingExtraError, printable
 
 __all__ = ["Trackers"]
 
-TENSORBOARD = "tensorboard"
+TENSORBOARD, ID = "tensorboard", "run.id"
 
 
 class Trackers:
@@ -24,12 +25,10 @@ class Trackers:
         MissingExtraError: a tracker's package is not installed.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
-        # The same run, resumed, has the same id.
-        text = json.dumps([config.run_name, dict(identity)], sort_keys=True)
-        self._id = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._id = _own_id(folder) if config.log.trackers else ""
         self._started: list[Any] = []
 
     def __enter__(self) -> Trackers:
@@ -70,6 +69,14 @@ class Trackers:
     ) -> None:
         for tracker in self._started:
             tracker.finish()
+
+
+def _own_id(folder: Path) -> str:
+    """Return what trackers know this run by: made once, and kept in its folder."""
+    path = folder / ID
+    if not path.is_file():
+        disk.replace_file(path, secrets.token_hex(6).encode(), force=True)
+    return path.read_text("ascii")
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, str | float | bool]:

@@ -6,7 +6,7 @@ K terms of the loss · P feature pairs
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from unet_surgery.distill.rates import RateConfig, rate
 from unet_surgery.distill.update import Update
 from unet_surgery.distill.weights import TrainedWeights
 from unet_surgery.distill.world import World
+from unet_surgery.lower.features import FeaturePair, tap_name
 
 __all__ = ["Measured", "StageTrainer"]
 
@@ -43,7 +44,7 @@ class Measured:
 
 
 class StageTrainer:
-    """Weights, optimizer, average and objectives of one stage. ``pairs`` names its feature pairs."""
+    """Weights, optimizer, average and objectives of one stage."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class StageTrainer:
         compute: Compute,
         *,
         ema: EmaConfig,
-        pairs: tuple[str, ...],
+        pairs: tuple[FeaturePair, ...],
         scales_loss: bool,
     ) -> None:
         self.weights = weights
@@ -65,11 +66,13 @@ class StageTrainer:
         self._stage = stage
         self._compute = compute
         self._pairs = pairs
+        self._names = ("task", "output_kd", *(f"feature/{tap_name(pair.student)}" for pair in pairs))
         self._update = Update(weights, stage.optimizer, scales_loss=scales_loss)
         self._rate = RateConfig(stage.optimizer.schedule, stage.optimizer.warmup, stage.steps)
         self._normalises = stage.objectives.feature_kd.normalise == "teacher_power" and bool(pairs)
         self._power = objectives.no_power(len(pairs), world.device)
-        self._sums: Tensor | None = None
+        zeros = torch.zeros(len(pairs) + len(("loss", "task", "output_kd", "grad_norm")), device=world.device)
+        self._sums, self._counts = zeros, zeros.clone()
         self._num_steps = 0
 
     def lr(self, step: int) -> float:
@@ -96,23 +99,38 @@ class StageTrainer:
         self.ema.update(number + 1)
         if self._normalises:
             self._see(torch.stack(powers).mean(0))
-        measured = torch.cat([torch.stack(losses).mean(0), norm[None]])
-        measured = torch.where(torch.isfinite(measured), measured, 0.0)
-        self._sums = measured if self._sums is None else self._sums + measured
+        self._note(torch.cat([torch.stack(losses).mean(0), norm[None]]))
+
+    def end(self) -> None:
+        """Take the stage's last steps into the average."""
+        self.ema.catch_up(self._stage.steps)
+
+    def _note(self, measured: Tensor) -> None:
+        """Add up what is finite; what is not is counted elsewhere, and no mean is of it."""
+        is_finite = torch.isfinite(measured)
+        self._sums += torch.where(is_finite, measured, 0.0)
+        self._counts += is_finite
         self._num_steps += 1
 
     def _see(self, mean_squares_P: Tensor) -> None:
-        self._power = objectives.updated_power(self._power, self._world.mean(mean_squares_P))
+        """Take in the teacher's power; one overflow must not stay in it for ever."""
+        mean_squares_P = self._world.mean(mean_squares_P)
+        seen = objectives.updated_power(self._power, mean_squares_P)
+        is_finite = torch.isfinite(mean_squares_P).all()
+        self._power = objectives.TeacherPower(
+            *(torch.where(is_finite, new, old) for new, old in zip(seen, self._power, strict=True))
+        )
 
     def look(self) -> Measured:
         """Return what was measured since the last look; the one place that waits for the device."""
-        assert self._sums is not None
         counters = torch.stack([self._update.bad_in_all, self._update.most_in_a_row])
         num_bad, most = (int(value) for value in counters.tolist())
-        loss, *terms, norm = (self._world.mean(self._sums) / self._num_steps).tolist()
-        names = ("task", "output_kd", *self._pairs)
-        result = Measured(self._num_steps, dict(zip(names, terms, strict=True)), loss, norm, num_bad, most)
-        self._sums, self._num_steps = None, 0
+        means = self._world.mean(self._sums) / self._world.mean(self._counts).clamp(min=1e-9)
+        loss, *terms, norm = means.tolist()
+        result = Measured(self._num_steps, dict(zip(self._names, terms, strict=True)), loss, norm, num_bad, most)
+        self._sums.zero_()
+        self._counts.zero_()
+        self._num_steps = 0
         self._update.most_in_a_row.zero_()
         return result
 
@@ -123,26 +141,34 @@ class StageTrainer:
             "ema": self.weights.whole(list(self.ema.state().values())),
             **{ADAM + kind: tensors for kind, tensors in self._update.tensors()},
         }
-        held = {name: self._kept(tensors) for name, tensors in groups.items()}
-        held["power"] = {"sums": self._power.sums_P.cpu(), "weight": self._power.weight.cpu()}
-        return held, self._update.facts()
+        return {name: self._kept(tensors) for name, tensors in groups.items()}, self.facts()
 
     def _kept(self, tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Gathering needs all processes; keeping does not."""
         return {name: tensor for name, tensor in tensors if self._world.is_main}
 
-    def draw(self, gallery: Gallery, step: int) -> None:
+    def draw(self, gallery: Gallery, step: int, stage_number: int) -> None:
         """Draw the fixed prompts with the weights as they are; every process must ask."""
         columns = {
-            "student": self.weights.whole(self.weights.masters),
-            "average": self.weights.whole(list(self.ema.state().values())),
+            "student": self._kept(self.weights.whole(self.weights.masters)),
+            "average": self._kept(self.weights.whole(list(self.ema.state().values()))),
         }
         teacher = self._compute.teacher
-        gallery.draw(step, self.unet_config, columns, None if teacher is None else _unet_of(teacher))
+        if self._world.is_main:
+            gallery.draw(step, self.unet_config, columns, None if teacher is None else _unet_of(teacher), stage_number)
 
     def facts(self) -> dict[str, Any]:
-        """Return the optimizer's counts; asks the device."""
-        return self._update.facts()
+        """Return what else a run needs to go on exactly, as JSON data; asks the device, and every process must ask."""
+        return {
+            **self._update.facts(),
+            "pairs": [asdict(pair) for pair in self._pairs],
+            "power": [self._power.sums_P.tolist(), self._power.weight.item()],
+            # means of what this process has seen are not yet those of all
+            "sums": self._world.mean(self._sums.clone()).tolist(),
+            "counts": self._world.mean(self._counts.clone()).tolist(),
+            "num_steps": self._num_steps,
+            "most_in_a_row": int(self._update.most_in_a_row),
+        }
 
     def broken_weights(self) -> list[str]:
         """Return the names of the weights that are not finite; every process must ask."""
@@ -155,17 +181,19 @@ class StageTrainer:
         self.weights.fill(list(self.ema.state().values()), weights)
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
-        self.weights.fill(self.weights.masters, tensors["weights"])
+        """Go on from what :meth:`state` gave; the tensors need to be there in the main process only."""
+        self.weights.fill(self.weights.masters, tensors.get("weights", {}))
         self.weights.spread()
-        self.weights.fill(list(self.ema.state().values()), tensors["ema"])
+        self.weights.fill(list(self.ema.state().values()), tensors.get("ema", {}))
         adam = {name.removeprefix(ADAM): group for name, group in tensors.items() if name.startswith(ADAM)}
         self._update.restore(adam, facts)
         device = self._world.device
-        self._power = objectives.TeacherPower(
-            tensors["power"]["sums"].to(device), tensors["power"]["weight"].to(device)
-        )
-        self._sums, self._num_steps = None, 0
+        sums_P, weight = facts["power"]
+        self._power = objectives.TeacherPower(torch.tensor(sums_P, device=device), torch.tensor(weight, device=device))
+        self._sums = torch.tensor(facts["sums"], device=device)
+        self._counts = torch.tensor(facts["counts"], device=device)
+        self._num_steps = int(facts["num_steps"])
+        self._update.most_in_a_row.fill_(int(facts["most_in_a_row"]))
 
 
 def _unet_of(network: nn.Module) -> Any:

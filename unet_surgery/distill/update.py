@@ -80,7 +80,7 @@ class Update:
             return
         names = [(name, self._adamw.state[m]) for name, m in zip(self._weights.names, masters, strict=True)]
         for kind in sorted({kind for _, held in names for kind, value in held.items() if isinstance(value, Tensor)}):
-            yield kind, ((name, held[kind].cpu()) for name, held in names if kind in held)
+            yield kind, ((name, held[kind]) for name, held in names if kind in held)
 
     def facts(self) -> dict[str, float | int]:
         """Return what else continues a run exactly; asks the device."""
@@ -99,7 +99,7 @@ class Update:
         if self._is_fused:
             self._begin()
             for kind in MOMENTS:
-                self._weights.fill([self._adamw.state[m][kind] for m in masters], tensors[kind])
+                self._weights.fill([self._adamw.state[m][kind] for m in masters], tensors.get(kind, {}))
             for master in masters:
                 self._adamw.state[master]["step"].fill_(float(facts["adam_steps"]))
         elif facts["adam_steps"]:
@@ -109,7 +109,6 @@ class Update:
         self.scale.fill_(float(facts["loss_scale"]))
         self._growth.fill_(int(facts["loss_scale_growth"]))
         self.bad_in_a_row.fill_(int(facts["bad_in_a_row"]))
-        self.most_in_a_row.fill_(int(facts["bad_in_a_row"]))
         self.bad_in_all.fill_(int(facts["bad_in_all"]))
 
     def _begin(self) -> None:

@@ -21,6 +21,7 @@ __all__ = ["DTYPES", "TrainedWeights"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PREFIX = "unet."
+BUCKET_VALUES = 16 << 20
 
 
 class TrainedWeights:
@@ -74,23 +75,20 @@ class TrainedWeights:
     def micro_batch(self, number: int, count: int) -> Iterator[None]:
         """Around the forward and backward of micro-batch ``number`` of a step's ``count``.
 
-        Gradients of several micro-batches are summed in fp32, whatever the training dtype, and meet between processes
-        once a step.
+        Gradients are summed, and meet between processes, in fp32 whatever the training dtype; they meet once a step.
         """
         is_last = number == count - 1
         if self._world.engine == "fsdp2":
             self.run.set_requires_gradient_sync(is_last)
             yield
-            return
-        sums_here = self._is_rounded and count > 1
-        if self._world.engine == "ddp" and (sums_here or not is_last):
+        elif self._world.engine == "ddp" and (self._is_rounded or not is_last):
             with self.run.no_sync():
                 yield
         else:
             yield
         if self._is_rounded:
             self._add_to_masters(is_first=number == 0)
-            if sums_here and is_last and self._world.engine == "ddp":
+            if is_last and self._world.engine == "ddp":
                 self._meet()
 
     def _add_to_masters(self, *, is_first: bool) -> None:
@@ -100,10 +98,16 @@ class TrainedWeights:
             p.grad = None
 
     def _meet(self) -> None:
-        works = [dist.all_reduce(m.grad, async_op=True) for m in self.masters]
-        for work in works:
+        """Average the masters' gradients over all processes, many tensors at a time."""
+        works = []
+        for bucket in _buckets([m.grad for m in self.masters]):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            works.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in works:
             work.wait()
-        torch._foreach_div_([m.grad for m in self.masters], float(self._world.size))
+            flat.div_(self._world.size)
+            parts = flat.split([grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [part.view(grad.shape) for part, grad in zip(parts, bucket, strict=True)])
 
     def gradients(self) -> list[Tensor]:
         """Return the masters' gradients, now that all micro-batches are done."""
@@ -128,10 +132,13 @@ class TrainedWeights:
         return total.sqrt()
 
     def whole(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor on the CPU) of tensors shaped as the masters; every process must ask."""
+        """Yield (name, whole tensor) of tensors shaped as the masters; every process must ask.
+
+        Where nothing is sharded they are the tensors themselves, on the device.
+        """
         if self._world.engine != "fsdp2":
             for name, value in zip(self.names, values, strict=True):
-                yield name, value.detach().to("cpu", memory_format=torch.contiguous_format)
+                yield name, value.detach()
             return
         from torch.distributed.tensor import DTensor
 
@@ -142,18 +149,39 @@ class TrainedWeights:
             yield name, wrapped.full_tensor().cpu()
 
     def fill(self, targets: Sequence[Tensor], whole: Mapping[str, Tensor]) -> None:
-        """Copy whole tensors, by name, into tensors shaped as the masters."""
+        """Copy whole tensors, by name, into tensors shaped as the masters.
+
+        The main process brings them; the others may come with none, and get theirs from it.
+        """
         with torch.no_grad():
             for i, target in enumerate(targets):
-                target.copy_(self._part(whole[self.names[i]], i))
+                if self._world.engine == "fsdp2":
+                    target.copy_(self._part(whole.get(self.names[i]), i))
+                    continue
+                if self._world.is_main:
+                    target.copy_(whole[self.names[i]])
+                if self._world.engine == "ddp":
+                    sent = target.contiguous()
+                    dist.broadcast(sent, src=0)
+                    target.copy_(sent)
 
-    def _part(self, value: Tensor, number: int) -> Tensor:
-        """Return this process's part of a whole tensor."""
-        if self._world.engine != "fsdp2":
-            return value
+    def _part(self, value: Tensor | None, number: int) -> Tensor:
+        """Return this process's part of a whole tensor, which the main process hands out."""
         from torch.distributed.tensor import distribute_tensor
 
         like = self._sharded[number]
-        value = value.to(device=like.device, dtype=like.dtype)
-        part: Tensor = distribute_tensor(value, like.device_mesh, like.placements).to_local()
+        on_device = torch.empty(like.shape, device=like.device) if value is None else value.to(like.device, like.dtype)
+        part: Tensor = distribute_tensor(on_device, like.device_mesh, like.placements).to_local()
         return part
+
+
+def _buckets(tensors: Sequence[Tensor], num_values: int = BUCKET_VALUES) -> Iterator[list[Tensor]]:
+    """Yield neighbours together, about so many values at a time."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() for t in bucket) >= num_values:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

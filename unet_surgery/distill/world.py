@@ -6,20 +6,20 @@ training is torch's own: DistributedDataParallel, or FSDP2's ``fully_shard``.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from unet_surgery.errors import MissingExtraError, UsageError
+from unet_surgery.errors import MissingExtraError, TrainingError, UsageError
 
 __all__ = ["World", "join_world"]
 
 Engine = Literal["single", "ddp", "fsdp2"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,22 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.host_group)
 
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Let the main process do something before the others do."""
-        if not self.is_main:
-            self.barrier()
-        yield
+    def on_main(self, act: Callable[[], T]) -> T | None:
+        """Let the main process do something that may fail while the others wait; they get None.
+
+        Raises:
+            SurgeryError: what ``act`` raised, in the main process; in the others, that it did.
+        """
+        error: Exception | None = None
+        result = None
         if self.is_main:
-            self.barrier()
+            try:
+                result = act()
+            except Exception as raised:  # noqa: BLE001  # the others must not wait for ever
+                error = raised
+        if self.any(error is not None):
+            raise error or TrainingError("the main process could not go on", hint="its own message says why")
+        return result
 
     def any(self, flag: bool) -> bool:
         """Return True in all processes if ``flag`` is true in one."""
@@ -80,7 +88,7 @@ class World:
         return held[0]
 
     def leave(self) -> None:
-        """Let go of the other processes."""
+        """Let go of the other processes, at the end: who fails exits, and the launcher ends the rest."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
