@@ -110,10 +110,11 @@ def test_a_killed_run_goes_on_bit_for_bit(sparse: Path, places: dict[str, Path],
     run = write_run(tmp_path / "run.yaml", data)
     kills = 0
     for _ in range(12):
+        before = _locked_at(out)
         child = subprocess.Popen(command("distill", str(run), "-q"), env=environment(), stderr=subprocess.PIPE)
         if kills < 3:
-            _wait_for(lambda: (out / "metrics.jsonl").is_file(), child)
-            time.sleep(rng.uniform(0, 2.0))
+            _wait_for(lambda: _locked_at(out) > before, child)  # noqa: B023
+            time.sleep(rng.uniform(0, 3.0))
             child.send_signal(signal.SIGKILL)
         _, errors = child.communicate(timeout=240)
         if child.returncode == 0:
@@ -124,6 +125,12 @@ def test_a_killed_run_goes_on_bit_for_bit(sparse: Path, places: dict[str, Path],
         pytest.fail("it never came to its end")
     assert kills > 0
     assert_same(out, sparse)
+
+
+def _locked_at(out: Path) -> int:
+    """Return when a trainer last took the folder: networks and data are loaded after that."""
+    lock = out / "run.lock"
+    return lock.stat().st_mtime_ns if lock.is_file() else 0
 
 
 def metrics_bytes(out: Path) -> list[bytes]:

@@ -101,6 +101,7 @@ def test_two_processes(alone: Path, places: dict[str, Path], tmp_path: Path, eng
     assert (tmp_path / "run" / "student" / weights).stat().st_size == (alone / "student" / weights).stat().st_size
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("engine", ENGINES)
 def test_half_on_two_processes_half_on_one(alone: Path, places: dict[str, Path], tmp_path: Path, engine: str) -> None:
     """A checkpoint of two processes is one of one process: the run goes on with the same data and noise."""
@@ -110,7 +111,7 @@ def test_half_on_two_processes_half_on_one(alone: Path, places: dict[str, Path],
     assert_equal_to_rounding(out, alone)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.extra)])
 def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path, engine: str) -> None:
     """bf16 as it is by default, with accumulation: gradients are summed in fp32, and meet so."""
     data = steady(tmp_path / "one", places, steps=3, speed={"dtype": "bf16"}, micro_batch=1)

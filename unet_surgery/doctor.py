@@ -139,7 +139,8 @@ def _packages() -> tuple[tuple[Package, ...], tuple[str, ...]]:
         extra = _extra(str(requirement.marker or ""))
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra or ""}):
             continue  # for another system
-        if extra not in NOT_FOR_USERS and not any(p.name == requirement.name and p.extra == extra for p in found):
+        # What an extra takes from another is listed with the first that names it.
+        if extra not in NOT_FOR_USERS and not any(p.name == requirement.name for p in found):
             found.append(Package(requirement.name, extra, str(requirement.specifier), _version(requirement.name), None))
     if _version(TORCHVISION) is not None:
         found.append(Package(TORCHVISION, "not needed", "", _version(TORCHVISION), None))
