@@ -24,6 +24,7 @@ from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.journal import Journal, NoJournal
 from unet_surgery.distill.setup import Base
 from unet_surgery.distill.state import TrainingState, save_state
+from unet_surgery.distill.step_compute import guided_steps
 from unet_surgery.distill.stop import Stop
 from unet_surgery.distill.trainer import Measured, StageTrainer
 from unet_surgery.distill.world import World
@@ -159,6 +160,7 @@ def _batches(run: Run, place: Place, done: int, size: int, count: int) -> Genera
         KeyedNoise(seed, run.roll_backs),
         run.base.latent_shape,
         stage.noise.caption_drop,
+        guided_steps(stage, place.first_sample),
     )
     starts = (
         place.first_sample + number * stage.batch + (i * world.size + world.rank) * size
