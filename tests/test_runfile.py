@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training import run_command
+from training import ROOT, run_command
 
 from unet_surgery.distill import RunConfig, load_run, to_yaml
 from unet_surgery.distill.runfile import parse_run
@@ -55,6 +56,18 @@ def test_short_forms_and_defaults() -> None:
     assert (stage.steps, stage.batch, stage.teacher) == (10, 256, "tiny-random")
     assert (stage.optimizer.lr, stage.optimizer.warmup, stage.optimizer.weight_decay) == (5e-5, 3, 1e-2)
     assert (stage.objectives.feature_kd.weight, stage.objectives.feature_kd.pairs) == (2.0, "bk")
+
+
+def test_all_examples_can_be_read() -> None:
+    files = sorted((ROOT / "examples" / "runs").glob("*.yaml"))
+    assert len(files) >= 11
+    assert {path.stem for path in files if load_run(path).config.stages[-1].objectives.may_be_guided} == {"toy_steps"}
+
+
+def test_the_run_files_of_the_manual_can_be_read() -> None:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    terms = [parse_run(text, "training.md").stages[0].objectives for text in found]
+    assert [wanted.step_kd.weight for wanted in terms] == [0, 1]
 
 
 def test_steps_alone() -> None:
@@ -130,16 +143,16 @@ def test_set_at_the_top_is_meant_for_every_stage() -> None:
         (PLAIN + "name: x\n", "run.yaml:10:1", "unknown key 'name'"),
         (PLAIN + "  step_kd: 1.0\n", "run.yaml:8:1", "give task, output_kd, feature_kd the weight 0"),
         (STEPS.replace("output_kd: 0", "output_kd: 0.5"), "run.yaml:8:1", "give output_kd the weight 0"),
-        (STEPS + "  min_snr: 5\n", "run.yaml:8:1", "scales by itself"),
+        (STEPS.replace("{task: 0", "{min_snr: 5, task: 0"), "run.yaml:8:1", "scales by itself"),
         (STEPS + "noise: {timesteps: half_high}\n", "run.yaml", "noise.timesteps stays uniform"),
         (STEPS.replace("teacher: tiny-random\n", ""), "run.yaml", "need a teacher"),
         (
             STEPS.replace("step_kd: 2.0", "step_kd: {guidance: [3, 2]}"),
-            "run.yaml:10:12",
+            "run.yaml:10:4",
             "from the lower to the higher",
         ),
-        (STEPS.replace("step_kd: 2.0", "step_kd: {guided: 1.5}"), "run.yaml:10:13", "less than or equal to 1"),
-        (STEPS.replace("step_kd: 2.0", "step_kd: {steps: 8}"), "run.yaml:10:13", "unknown key"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: {guided: 1.5}"), "run.yaml:10:14", "less than or equal to 1"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: {steps: 8}"), "run.yaml:10:14", "unknown key"),
         (STEPS.replace("step_kd: 2.0", "step_kd: 0"), "run.yaml:8:1", "all weights are 0"),
     ],
     ids=lambda value: "" if "\n" in value else value,
