@@ -25,6 +25,7 @@ from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.distill.config import RunConfig, Stage
+from unet_surgery.distill.metrics import sum_of_features
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
 from unet_surgery.errors import OutputError
@@ -36,6 +37,14 @@ __all__ = ["write_trained"]
 
 CURVES, SAMPLES = "training.svg", "samples.png"
 NUM_ROWS = 6
+STEP_KD = "step distillation"
+TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "task": lambda line: line["task"],
+    "output": lambda line: line.get("output_kd", 0.0),
+    "features": sum_of_features,
+    STEP_KD: lambda line: line.get("step_kd", 0.0),
+}
+"""A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
 BARE_CARD = "---\nlibrary_name: diffusers\ntags: [unet-surgery]\n---\n\n# A U-Net\n"
 
 
@@ -175,20 +184,6 @@ def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:
     rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f", warm-up {optimizer.warmup}" if optimizer.warmup else "")
     teacher = _public(stage.teacher) if wanted.needs_teacher else None
     return stage.name, stage.steps, stage.batch, teacher or "none", rate, " + ".join(terms)
-
-
-def _features(line: Mapping[str, Any]) -> float:
-    return float(sum(value for key, value in line.items() if key.startswith("feature/")))
-
-
-STEP_KD = "step distillation"
-TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "task": lambda line: line["task"],
-    "output": lambda line: line.get("output_kd", 0.0),
-    "features": _features,
-    STEP_KD: lambda line: line.get("step_kd", 0.0),
-}
-"""A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
 
 
 def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> tuple[tuple[str, ...], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +98,7 @@ def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
         path = unet_folder(folder) / "config.json"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            unet = UNet2DConditionModel.from_config(json.loads(path.read_text("utf-8")))
+            unet = UNet2DConditionModel.from_config(read_object(path))
     else:
         unet = load_unet(folder)
     other = {key: unet.config[key] for key in CONDITIONS if unet.config.get(key) is not None}
