@@ -77,6 +77,15 @@ def test_steps_alone() -> None:
     assert (wanted.step_kd.guided, wanted.step_kd.guidance, wanted.step_kd.task_share) == (0.1, (2.0, 14.0), 0.2)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = {"output": "~/runs/x", "student": "s", "teacher": "t"}
+    assert RunConfig.from_data({**data, "data": {"cache": "~/latents"}}).data.cache == "/home/somebody/latents"
+    config = RunConfig.from_data({**data, "data": {"images": "~/{a,b}.tar"}})
+    assert (config.output, config.data.images) == ("/home/somebody/runs/x", "/home/somebody/{a,b}.tar")
+    assert RunConfig.from_data({**data, "data": {"images": "hub:~me/set"}}).data.images == "hub:~me/set"
+
+
 def test_stages_take_what_they_do_not_say() -> None:
     config = parse_run(STAGES, "run.yaml")
     assert [stage.steps for stage in config.stages] == [500, 400, 50_000]

@@ -6,10 +6,11 @@ stage takes from the top level what it does not say itself. Every key has one me
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "DataConfig",
@@ -35,6 +36,8 @@ class _Model(BaseModel):
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Location = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or another name of data; ``~`` is the home folder, which no shell has put in its place."""
 
 
 class FeatureKd(_Model):
@@ -156,9 +159,9 @@ class ToyData(_Model):
 class DataConfig(_Model):
     """Where pictures come from: one of ``cache``, ``images`` and ``toy``."""
 
-    cache: Text | None = None
+    cache: Location | None = None
     """A folder that ``unet-surgery cache`` made."""
-    images: Text | None = None
+    images: Location | None = None
     """An imagefolder with metadata, WebDataset tars (folder or pattern), or ``hub:org/name``: encoded as they come."""
     toy: ToyData | None = None
     resolution: Count = 512
@@ -281,7 +284,7 @@ _OF_A_STAGE = tuple(name for name in Stage.model_fields if name != "name")
 class RunConfig(_Model):
     """A whole run, as checked. ``stages`` is always filled in; see :meth:`from_data`."""
 
-    output: Text
+    output: Location
     """The run's folder: checkpoints, metrics, pictures, and the finished student."""
     student: Text
     """A pruned folder with its plan.json, or any pipeline or U-Net folder or name where no feature is matched."""

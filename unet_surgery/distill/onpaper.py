@@ -169,7 +169,7 @@ def read_data(config: RunConfig, parts: Parts) -> Data:
             raise MissingExtraError(
                 "pyarrow is needed for latent caches", hint="pip install 'unet-surgery[train]'"
             ) from error
-        facts = read_facts(Path(os.path.expanduser(data.cache)))
+        facts = read_facts(Path(data.cache))
         channels, height, width = facts.settings.moments_shape
         num_bytes = sum(shard.num_bytes for shard in facts.shards.values())
         num_samples = facts.count * (1 + facts.settings.flip)
@@ -188,7 +188,7 @@ def _check_pictures(name: str, resolution: int, factor: int) -> None:
         raise DataError(
             "the resolution does not fit the VAE", expected=f"a multiple of {factor}", found=str(resolution)
         )
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     may_be_many = "{" in name or name.startswith("hub:") or (name.count("/") == 1 and not path.parent.is_dir())
     if not may_be_many and not path.exists():
         raise DataError("there is no such training data", where=printable(name))
