@@ -29,7 +29,7 @@ from unet_surgery.distill.costs import stage_flops
 from unet_surgery.distill.diffusion import NoiseSchedule, PredictionType
 from unet_surgery.distill.dryrun import dry_run
 from unet_surgery.distill.findbatch import find_batch
-from unet_surgery.distill.networks import teacher_schedule
+from unet_surgery.distill.networks import own_schedule
 from unet_surgery.distill.state import load_state, state_folders
 from unet_surgery.distill.step_compute import StepCompute
 from unet_surgery.errors import RunError
@@ -218,15 +218,15 @@ def test_teachers_of_other_predictions_and_of_other_noise(tmp_path: Path) -> Non
     ours = NoiseSchedule.from_config(SCHEDULER)
     (tmp_path / "scheduler").mkdir()
     path = tmp_path / "scheduler" / "scheduler_config.json"
-    assert teacher_schedule(tmp_path, ours, same_prediction=True) is ours
+    assert own_schedule(tmp_path, "teacher", SCHEDULER, ours, same_prediction=True) is ours
     path.write_text(str({**SCHEDULER, "prediction_type": "v_prediction"}).replace("'", '"'))
-    assert teacher_schedule(tmp_path, ours, same_prediction=False).prediction_type == "v_prediction"
+    assert own_schedule(tmp_path, "teacher", SCHEDULER, ours, same_prediction=False).prediction_type == "v_prediction"
     with pytest.raises(RunError, match="predict different things"):
-        teacher_schedule(tmp_path, ours, same_prediction=True)
+        own_schedule(tmp_path, "teacher", SCHEDULER, ours, same_prediction=True)
     for change in ({"beta_end": 0.013}, {"num_train_timesteps": 999}):
         path.write_text(str({**SCHEDULER, **change}).replace("'", '"'))
         with pytest.raises(RunError, match="other noise"):
-            teacher_schedule(tmp_path, ours, same_prediction=False)
+            own_schedule(tmp_path, "teacher", SCHEDULER, ours, same_prediction=False)
 
 
 def test_more_steps_than_timesteps_are_refused_before_the_first(places: dict[str, Path], tmp_path: Path) -> None:

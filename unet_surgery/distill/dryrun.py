@@ -15,9 +15,17 @@ from unet_surgery.distill.choice import choose_pairs, pair_shape
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.costs import ImageFlops, at_size, stage_flops
 from unet_surgery.distill.dealing import deal
+from unet_surgery.distill.fit import (
+    check_kind,
+    check_noise,
+    check_parts,
+    check_prediction,
+    check_processes,
+    check_teacher,
+)
 from unet_surgery.distill.footprint import Disk, Memory, checkpoint_bytes, memory
 from unet_surgery.distill.onpaper import Data, Network, Parts, read_data, read_network, read_parts, read_student
-from unet_surgery.errors import ConfigError, OutputError, RunError, SurgeryError, printable
+from unet_surgery.errors import OutputError, RunError, SurgeryError, printable
 from unet_surgery.graph import parse_config
 from unet_surgery.graph.config import DEFAULTS
 from unet_surgery.lower import FeaturePair, count
@@ -129,7 +137,8 @@ def dry_run(config: RunConfig, *, rate: float | None = None, num_processes: int 
     student = read_student(config.student)
     names = dict.fromkeys(s.teacher for s in config.stages if s.teacher is not None and s.objectives.needs_teacher)
     networks = {config.student: student, **{name: read_network(name) for name in names}}
-    refusals.trying(lambda: _check_kind(student), None)
+    refusals.trying(lambda: check_processes(config, num_processes), None)
+    refusals.trying(lambda: check_kind(student.config, student.name), None)
     parts = refusals.trying(lambda: read_parts(config, networks), Parts())
     if parts.vae is None or parts.text_encoder is None:
         notes.append("VAE and text encoder are not counted: their configs are not known")
@@ -139,6 +148,7 @@ def dry_run(config: RunConfig, *, rate: float | None = None, num_processes: int 
         data = Data(native, None, online=config.data.images is not None)
         notes.append(f"the data is not there: counted at the student's native latent size, {native[0]} × {native[1]}")
     refusals.trying(lambda: _check_fit(student, parts, data), None)
+    refusals.trying(lambda: _check_scheduler(student, "student", parts), None)
     stages = tuple(_stage(config, s, networks, parts, data, rate, num_processes, refusals) for s in config.stages)
     if data.online:
         notes.append("pictures are encoded as they come, in fp32: latents cached once cost nothing in the run")
@@ -174,7 +184,9 @@ def _stage(
     teacher = networks[stage.teacher] if stage.teacher is not None and stage.objectives.needs_teacher else None
     size, accumulated = refusals.trying(lambda: deal(config, stage, num_processes), (config.micro_batch or 1, 1))
     if teacher is not None:
-        refusals.trying(lambda: _check_teacher(teacher, parts, student, stage), None)
+        refusals.trying(lambda: check_teacher(teacher.config, student.config, teacher.name), None)
+        same = not stage.objectives.step_kd.weight
+        refusals.trying(lambda: _check_scheduler(teacher, "teacher", parts, same_prediction=same), None)
     none: tuple[FeaturePair, ...] | None = ()
     pairs = refusals.trying(lambda: _pairs(stage, student, teacher), none)
     flops = stage_flops(
@@ -233,49 +245,24 @@ def _pairs(stage: Stage, student: Network, teacher: Network | None) -> tuple[Fea
     return choose_pairs(wanted.pairs, student.plan)
 
 
-def _check_kind(student: Network) -> None:
-    for key in ("addition_embed_type", "class_embed_type"):
-        if student.config.get(key) is not None:
-            raise RunError(
-                "this kind of U-Net cannot be trained here yet",
-                where=student.name,
-                expected="one that is conditioned on a prompt alone, as in SD v1 and v2",
-                found=f"{key} {printable(student.config[key])}",
-            )
-
-
 def _check_fit(student: Network, parts: Parts, data: Data) -> None:
     """Refuse parts and data that were made for another kind of U-Net."""
-    width, wanted = parts.text_encoder, student.config.get("cross_attention_dim", DEFAULTS["cross_attention_dim"])
-    if width is not None and width.get("hidden_size") != wanted:
-        raise ConfigError(
-            "the text encoder is not of this U-Net's kind",
-            where="cross_attention_dim",
-            expected=str(wanted),
-            found=f"hidden_size {printable(width.get('hidden_size'))} in place of {printable(wanted)}",
-        )
-    channels = student.config.get("in_channels", DEFAULTS["in_channels"])
-    theirs = data.channels or (None if parts.vae is None else parts.vae.get("latent_channels", 4))
-    if theirs is not None and theirs != channels:
-        raise ConfigError(
-            "the latents are not of this U-Net's kind", where="in_channels", found=f"{theirs} in place of {channels}"
-        )
+    check_parts(
+        student.config,
+        student.name,
+        text_width=None if parts.text_encoder is None else parts.text_encoder.get("hidden_size"),
+        latent_channels=data.channels or (None if parts.vae is None else parts.vae.get("latent_channels", 4)),
+    )
 
 
-def _check_teacher(teacher: Network, parts: Parts, student: Network, stage: Stage) -> None:
-    ours, theirs = parts.prediction_type, teacher.prediction_type
-    if ours is not None and theirs is not None and ours != theirs and not stage.objectives.step_kd.weight:
-        raise RunError(
-            "teacher and student predict different things", where=teacher.name, found=f"{theirs} in place of {ours}"
-        )
-    for key in ("cross_attention_dim", "in_channels", "out_channels"):
-        here, there = (net.config.get(key, DEFAULTS[key]) for net in (student, teacher))
-        if here != there:
-            raise RunError(
-                "the teacher is of another kind than the student",
-                where=f"{teacher.name}, {key}",
-                found=f"{printable(there)} in place of {printable(here)}",
-            )
+def _check_scheduler(network: Network, who: str, parts: Parts, *, same_prediction: bool = True) -> None:
+    """Refuse a network that brings another scheduler than the run's."""
+    theirs = network.scheduler
+    if theirs is None or parts.scheduler is None:
+        return
+    if same_prediction:
+        check_prediction(theirs, parts.scheduler, who, network.name)
+    check_noise(theirs, parts.scheduler, who, network.name)
 
 
 def _disk(config: RunConfig, student: Network, params: int, data: Data, refusals: _Refusals) -> Disk:

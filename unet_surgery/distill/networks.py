@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
+from unet_surgery.distill.fit import check_kind, check_prediction, other_noise
 from unet_surgery.distill.weights import DTYPES
 from unet_surgery.errors import RunError, TeacherError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
@@ -31,13 +33,12 @@ __all__ = [
     "load_base",
     "load_student",
     "load_teacher",
+    "own_schedule",
     "read_student_plan",
     "recompute",
     "refuse_compiling",
-    "teacher_schedule",
 ]
 
-CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -91,7 +92,12 @@ def read_student_plan(folder: Path) -> SurgeryPlan | None:
 
 
 def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
-    """Return the student in fp32 on the CPU: its weights, or new ones of the run's seed."""
+    """Return the student in fp32 on the CPU: its weights, or new ones of the run's seed.
+
+    Raises:
+        RunError: it is of a kind that is not trained here.
+        VerificationError: diffusers cannot load it.
+    """
     from diffusers import UNet2DConditionModel
 
     if config.init == "random":
@@ -101,25 +107,21 @@ def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
             unet = UNet2DConditionModel.from_config(read_object(path))
     else:
         unet = load_unet(folder)
-    other = {key: unet.config[key] for key in CONDITIONS if unet.config.get(key) is not None}
-    if other or unet.config.in_channels != unet.config.out_channels:
-        raise RunError(
-            "this kind of U-Net cannot be trained here yet",
-            where=str(folder),
-            expected="one that sees noisy latents and is conditioned on a prompt alone, as in SD v1 and v2",
-            found=printable(other or f"{unet.config.in_channels} channels in, {unet.config.out_channels} out"),
-        )
+    check_kind(unet.config, str(folder))
     return unet.float().train()
 
 
-def teacher_schedule(folder: Path, ours: NoiseSchedule, *, same_prediction: bool) -> NoiseSchedule:
-    """Return the schedule of the run, ``ours``, with what the teacher in ``folder`` predicts.
+def own_schedule(
+    folder: Path, who: str, base: Mapping[str, Any], ours: NoiseSchedule, *, same_prediction: bool = True
+) -> NoiseSchedule:
+    """Return the schedule of the run, ``ours``, with what the network in ``folder`` predicts by its own scheduler.
 
-    A teacher without a scheduler of its own predicts what the student does. ``same_prediction``: predictions are
-    compared as they are, so they must be of one kind; else they meet in x, and the noise must be the same.
+    ``who`` it is: student or teacher. ``base`` is the config that ``ours`` was made of. A network without a scheduler
+    predicts what the run's says. ``same_prediction``: predictions are compared as they are, so they must be of one
+    kind; else they meet in x. The noise must be the same either way.
 
     Raises:
-        RunError: it is another kind, or other noise: its outputs would teach nonsense.
+        RunError: it is another kind, or other noise: its outputs would teach nonsense, or be drawn as such.
         ConfigError: its scheduler cannot be used.
     """
     path = folder / SCHEDULER
@@ -127,23 +129,11 @@ def teacher_schedule(folder: Path, ours: NoiseSchedule, *, same_prediction: bool
         return ours
     config = read_object(path)
     if same_prediction:
-        kind = config.get("prediction_type", "epsilon")
-        if kind != ours.prediction_type:
-            raise RunError(
-                "teacher and student predict different things",
-                where=str(path),
-                expected=ours.prediction_type,
-                found=printable(kind),
-            )
-        return ours
+        check_prediction(config, base, who, str(path))
     theirs = NoiseSchedule.from_config(config).to(ours.alphas_cumprod_T.device)
     tables = theirs.alphas_cumprod_T, ours.alphas_cumprod_T
     if len(tables[0]) != len(tables[1]) or not torch.allclose(*tables, rtol=1e-5):
-        raise RunError(
-            "the teacher was trained with other noise than the student is",
-            where=str(path),
-            expected="the betas of the run's own scheduler: a timestep has to mean one noise level",
-        )
+        raise other_noise(config, base, who, str(path))
     return theirs
 
 

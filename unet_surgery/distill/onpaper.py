@@ -39,10 +39,10 @@ class Network:
     plan: SurgeryPlan | None = None
 
     @property
-    def prediction_type(self) -> str | None:
-        """What the network predicts, as its pipeline's scheduler says; None where it has none."""
+    def scheduler(self) -> Mapping[str, Any] | None:
+        """The config of its pipeline's scheduler; None where it has none."""
         path = None if self.folder is None else self.folder / "scheduler" / SCHEDULER_CONFIG
-        return None if path is None or not path.is_file() else str(read_object(path).get("prediction_type", "epsilon"))
+        return None if path is None or not path.is_file() else read_object(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Parts:
 
     vae: Mapping[str, Any] | None = None
     text_encoder: Mapping[str, Any] | None = None
-    prediction_type: str | None = None
+    scheduler: Mapping[str, Any] | None = None
 
     @property
     def factor(self) -> int:
@@ -144,7 +144,7 @@ def read_parts(config: RunConfig, networks: Mapping[str, Network]) -> Parts:
             return Parts(
                 read_object(vae) if vae.is_file() else None,
                 read_object(text) if text.is_file() else None,
-                network.prediction_type or "epsilon",
+                network.scheduler,
             )
     raise RunError(
         "no pipeline brings a VAE, a text encoder, a tokenizer and a scheduler",

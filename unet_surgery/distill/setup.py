@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unet_surgery.checkpoint.check import unet_folder
+from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.checkpoint.student import CONFIG
 from unet_surgery.data.batches import Batches, GuidedSteps, TrainingSet
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 from unet_surgery.distill.compute import Compute, Loss, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.diffusion import NoiseSchedule
+from unet_surgery.distill.fit import check_kind, check_parts, check_processes, check_teacher
 from unet_surgery.distill.networks import (
     Folders,
     load_base,
     load_student,
     load_teacher,
+    own_schedule,
     read_student_plan,
     recompute,
     refuse_compiling,
-    teacher_schedule,
 )
 from unet_surgery.distill.pairs import check_pairs, choose_pairs, tapped
 from unet_surgery.distill.similarity import match_layers
@@ -65,12 +69,29 @@ class Base:
 
 
 def open_base(config: RunConfig, folders: Folders, world: World) -> Base:
-    """Load the parts and open the data.
+    """Load the parts and open the data, for networks that fit them: those of all stages, by their configs.
 
     Raises:
+        RunError: a network is of a kind that is not trained here, or of another than student and base; or the run needs
+            one process, and has many.
+        ConfigError: student, text encoder and latents do not fit each other.
         DataError: the data is not there, broken, or was made with other parts.
     """
+    check_processes(config, world.size)
+    student, name = read_object(unet_folder(folders.student) / CONFIG), str(folders.student)
+    check_kind(student, name)
     parts, schedule = load_base(folders.base, config.speed, world.device)
+    check_parts(
+        student,
+        name,
+        text_width=parts.text_encoder.config.hidden_size,
+        latent_channels=parts.vae.config.latent_channels,
+    )
+    own_schedule(folders.student, "student", parts.scheduler_config, schedule)
+    for stage, teacher in zip(config.stages, folders.teachers, strict=True):
+        if teacher is not None and stage.objectives.needs_teacher:
+            check_teacher(read_object(unet_folder(teacher) / CONFIG), student, str(teacher))
+            _their_schedule(stage, teacher, parts, schedule)
     samples = _open_samples(config, parts)
     return Base(parts, schedule, samples, latent_shape(samples, parts))
 
@@ -83,9 +104,11 @@ def _open_samples(config: RunConfig, parts: Parts) -> TrainingSet:
 
         return LatentCache(data.cache, model=parts)
     if data.images is not None:
+        from unet_surgery.data.encode import check_resolution
         from unet_surgery.data.images import PictureSet
         from unet_surgery.data.sources import open_source
 
+        check_resolution(parts.vae, data.resolution)
         source = open_source(data.images, caption_column=data.caption_column)
         return PictureSet(source, parts.tokenizer, data.resolution, max_bad=data.max_bad)
     from unet_surgery.data.memory import encode_all
@@ -120,15 +143,16 @@ def set_up(
     ``frozen`` are the feature pairs that an earlier part of the run was trained with, as its state has them.
 
     Raises:
-        RunError: features are to be compared, and the student has no plan; the teacher's noise or predictions are of
-            another kind; there are fewer timesteps than steps to distil.
+        RunError: features are to be compared, and the student has no plan.
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
     refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
-    their_schedule = base.schedule if teacher_folder is None else _their_schedule(stage, teacher_folder, base)
+    their_schedule = (
+        base.schedule if teacher_folder is None else _their_schedule(stage, teacher_folder, base.parts, base.schedule)
+    )
     teacher = None if teacher_folder is None else load_teacher(teacher_folder, speed, world.device)
     student = student.to(world.device)
     if _is_channels_last(config, stage, world):
@@ -156,10 +180,10 @@ def set_up(
     return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16")
 
 
-def _their_schedule(stage: Stage, teacher: Path, base: Base) -> NoiseSchedule:
+def _their_schedule(stage: Stage, teacher: Path, parts: Parts, ours: NoiseSchedule) -> NoiseSchedule:
     """Return the teacher's schedule; where steps are distilled they must fit it, and meet in x."""
     wanted = stage.objectives.step_kd
-    schedule = teacher_schedule(teacher, base.schedule, same_prediction=not wanted.weight)
+    schedule = own_schedule(teacher, "teacher", parts.scheduler_config, ours, same_prediction=not wanted.weight)
     if wanted.weight and wanted.student_steps * wanted.teacher_steps > schedule.num_timesteps:
         raise RunError(
             "there are fewer timesteps than steps of the teacher",
