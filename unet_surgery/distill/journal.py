@@ -10,7 +10,7 @@ from types import TracebackType
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.metrics import Metrics
 from unet_surgery.distill.trackers import Trackers
-from unet_surgery.errors import OutputError, printable
+from unet_surgery.errors import OutputError
 
 __all__ = ["Journal", "NoJournal"]
 
@@ -24,7 +24,7 @@ class Journal:
 
     Raises:
         OutputError: metrics.jsonl cannot be opened when the run begins.
-        MissingExtraError: a tracker's package is not installed.
+        MissingExtraError, RunError: a tracker is not installed, or does not start.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int) -> None:
@@ -56,10 +56,7 @@ class Journal:
                 del self._unwritten[0]
         except OutputError as error:
             log.warning("metrics of %d looks wait for the disk: %s", len(self._unwritten), error.what)
-        try:
-            self._trackers.log(step, values)
-        except Exception as error:  # noqa: BLE001  # a tracker's network is not the run's
-            log.warning("a tracker was not told of step %d: %s", step, printable(str(error)))
+        self._trackers.log(step, values)
 
     def sync(self) -> None:
         """Force what was written to the disk, so that no checkpoint is newer than its metrics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.identity import flat
-from unet_surgery.errors import MissingExtraError, printable
+from unet_surgery.errors import MissingExtraError, RunError, printable
 
 __all__ = ["Trackers"]
+
+log = logging.getLogger(__name__)
 
 TENSORBOARD, ID = "tensorboard", "run.id"
 
@@ -22,37 +25,51 @@ TENSORBOARD, ID = "tensorboard", "run.id"
 class Trackers:
     """A context manager; in the main process only. A run that goes on continues its lines where the tracker can.
 
+    Once they have started, what goes wrong with one of them is warned of: its network is not the run's.
+
     Raises:
         MissingExtraError: a tracker's package is not installed.
+        RunError: a tracker does not start, as without its key or network.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
         self._id = _own_id(folder) if config.log.trackers else ""
-        self._started: list[Any] = []
+        self._started: list[tuple[str, Any]] = []
 
     def __enter__(self) -> Trackers:
-        for name in self._config.log.trackers:
-            self._started.append(self._start(name))
+        try:
+            for name in self._config.log.trackers:
+                self._start(name)
+        except BaseException:
+            self._finish()
+            raise
         return self
 
-    def _start(self, name: str) -> Any:
+    def _start(self, name: str) -> None:
         try:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
             tracker = LOGGER_TYPE_TO_CLASS[name](self._config.log.project, **self._options(name))
             tracker.start()
+            self._started.append((name, tracker))
+            tracker.store_init_configuration(
+                {key: _plain(value) for key, value in flat(self._config.model_dump(mode="json")).items()}
+            )
         except ImportError as error:
             raise MissingExtraError(
                 f"log.trackers names {name}, which is not installed",
                 found=printable(str(error)),
                 hint=f"pip install accelerate {name}, or leave it out: metrics.jsonl has everything",
             ) from error
-        tracker.store_init_configuration(
-            {key: _plain(value) for key, value in flat(self._config.model_dump(mode="json")).items()}
-        )
-        return tracker
+        except Exception as error:  # of a library that may raise anything
+            raise RunError(
+                f"the tracker {name} does not start",
+                where="log.trackers",
+                found=printable(str(error) or type(error).__name__),
+                hint=f"log in as {name} says, or leave it out: metrics.jsonl has everything",
+            ) from error
 
     def _options(self, name: str) -> dict[str, Any]:
         if name == TENSORBOARD:
@@ -64,14 +81,24 @@ class Trackers:
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         """Pass on the numbers of one look."""
         numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
-        for tracker in self._started:
-            tracker.log(numbers, step=step)
+        for name, tracker in self._started:
+            try:
+                tracker.log(numbers, step=step)
+            except Exception as error:  # noqa: BLE001  # of a library that may raise anything
+                log.warning("%s was not told of step %d: %s", name, step, printable(str(error)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for tracker in self._started:
-            tracker.finish()
+        self._finish()
+
+    def _finish(self) -> None:
+        while self._started:
+            name, tracker = self._started.pop()
+            try:
+                tracker.finish()
+            except Exception as error:  # noqa: BLE001  # of a library that may raise anything
+                log.warning("%s did not end as it should: %s", name, printable(str(error)))
 
 
 def _own_id(folder: Path) -> str:
