@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from unet_surgery.distill.costs import PEAKS, at_size, image_flops, peak_flops
 from unet_surgery.distill.dealing import micro_batch_sizes
 from unet_surgery.distill.dryrun import dry_run
 from unet_surgery.distill.findbatch import available_bytes, find_batch
+from unet_surgery.distill.flopuse import FlopUse
 from unet_surgery.distill.footprint import activation_values, memory
 from unet_surgery.distill.networks import find_folders, recompute
 from unet_surgery.distill.partcosts import text_encoder_costs, vae_costs
@@ -510,6 +512,43 @@ def test_the_command_prints_a_line_for_the_run_file(student: Path, tmp_path: Pat
     assert yaml.safe_load(result.stdout.splitlines()[-1]) == {"micro_batch": 2}
     assert "micro-batch 1: " in result.stderr
     assert "on a CPU" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_batch_of_many_processes_is_looked_for_in_one(student: Path, tmp_path: Path) -> None:
+    """Sizes are those that deal out the batch of 12 to three; what cannot be dealt out is refused before any step."""
+    data = run_data(tmp_path / "out", student, {"toy": {"count": 4}}, batch=12)
+    run = write_run(tmp_path / "run.yaml", data)
+    result = run_command("distill", str(run), "--find-batch", "--processes", "3")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout.splitlines()[-1]) == {"micro_batch": 4}
+    assert "12 = 4 × 1 × 3 processes" in result.stderr
+    assert "accelerate launch --num_processes 3" in result.stderr
+    with pytest.raises(RunError, match="cannot be dealt out evenly"):
+        find_batch(RunConfig.from_data(data), num_processes=5)
+
+
+def test_sizes_beyond_eight_are_still_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many recompilations dynamo gives up, and every later size would be timed uncompiled."""
+    run = torch.compile(torch.nn.Linear(2, 2), backend="eager", dynamic=False)
+    search = findbatch._Search.__new__(findbatch._Search)
+    search.limit, search.trials, search._on_trial = None, [], lambda _: None
+    search._device, search._use, search._empty_bytes = torch.device("cpu"), FlopUse(), 0
+    search._trainer = SimpleNamespace(weights=SimpleNamespace(run=run))  # type: ignore[assignment]
+    monkeypatch.setattr(search, "_steps", lambda size: float(len(run(torch.zeros(size, 2)))))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert largest_fitting(range(1, 13), search.fits) == 12
+        assert all(search.fits(size) for size in range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "words", [["--json"], ["--tflops", "3"], ["--processes", "2"], ["--find-batch", "--tflops", "3"]]
+)
+def test_an_option_that_would_do_nothing_is_refused(student: Path, tmp_path: Path, words: list[str]) -> None:
+    run = write_run(tmp_path / "run.yaml", run_data(tmp_path / "out", student, {"toy": {"count": 4}}))
+    result = run_command("distill", str(run), *words)
+    assert result.returncode == 2
+    assert f"{words[-2] if words[-1][0] != '-' else words[-1]} goes with --" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ import typer
 
 from unet_surgery.cli.options import Quiet
 from unet_surgery.cli.sink import command, error_console, progress_bar, say, show
+from unet_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from unet_surgery.distill.run import Progress
@@ -44,6 +45,14 @@ def distill(
     find_batch: Annotated[
         bool, typer.Option("--find-batch", help="Try which micro_batch fits this device, and stop. Writes nothing.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="For --dry-run and --find-batch: of the run to come. Default: the launcher's, or 1.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For --dry-run and --find-batch: print JSON.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -60,6 +69,10 @@ def distill(
     """
     from unet_surgery.distill.runfile import load_run, to_yaml
 
+    dry_run, find_batch = dry_run and not print_config, find_batch and not (print_config or dry_run)
+    _refuse_unused("--tflops", tflops is not None, "--dry-run", dry_run)
+    for option, is_given in (("--processes", processes is not None), ("--json", as_json)):
+        _refuse_unused(option, is_given, "--dry-run or --find-batch", dry_run or find_batch)
     config = load_run(run, changes or ()).config
     if print_config:
         show(to_yaml(config).removesuffix("\n"))
@@ -67,14 +80,14 @@ def distill(
     if dry_run:
         from unet_surgery.cli.distillreport import report_dry_run
 
-        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        num_processes = processes or int(os.environ.get("WORLD_SIZE", "1"))
         if not report_dry_run(config, tflops=tflops, num_processes=num_processes, as_json=as_json):
             raise typer.Exit(2)
         return
     if find_batch:
         from unet_surgery.cli.distillreport import report_find_batch
 
-        report_find_batch(config, quiet=quiet, as_json=as_json)
+        report_find_batch(config, num_processes=processes or 1, quiet=quiet, as_json=as_json)
         return
     is_main = os.environ.get("RANK", "0") == "0"
     quiet = quiet or not is_main
@@ -92,6 +105,12 @@ def distill(
     if not quiet:
         say(f"next:  unet-surgery verify {result.student}    load and run it in diffusers")
         say(f"       unet-surgery push {result.student} NAME/MODEL    to the Hub")
+
+
+def _refuse_unused(option: str, is_given: bool, goes_with: str, is_there: bool) -> None:
+    """An option that changes nothing was meant to change something."""
+    if is_given and not is_there:
+        raise UsageError(f"{option} goes with {goes_with} only", hint=f"add {goes_with}, or leave {option} out")
 
 
 @contextmanager

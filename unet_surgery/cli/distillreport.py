@@ -12,7 +12,7 @@ from unet_surgery.cli.sink import say, show, show_json, table
 if TYPE_CHECKING:
     from unet_surgery.distill.config import RunConfig
     from unet_surgery.distill.dryrun import DryRun, StageOnPaper
-    from unet_surgery.distill.findbatch import Trial
+    from unet_surgery.distill.findbatch import Found, Trial
 
 __all__ = ["device_name", "report_dry_run", "report_find_batch"]
 
@@ -134,7 +134,7 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
         show(f"{stage.hours:,.3g} hours")
 
 
-def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
+def report_find_batch(config: RunConfig, *, num_processes: int = 1, quiet: bool, as_json: bool) -> None:
     """Try micro-batches and print what fits."""
     from dataclasses import asdict
 
@@ -147,7 +147,7 @@ def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
             say(f"micro-batch {trial.micro_batch}: {_outcome(trial)}")
 
     with progress_bar("fetching", quiet) as on_bytes:
-        found = find_batch(config, on_trial=on_trial, on_bytes=on_bytes)
+        found = find_batch(config, num_processes=num_processes, on_trial=on_trial, on_bytes=on_bytes)
     if as_json:
         show_json(asdict(found))
     else:
@@ -159,10 +159,15 @@ def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
                 "free) does not count as fitting, and is not tried"
             )
         if found.micro_batch is not None:
-            say(f"the batch stays what it is: {found.batch} = {found.micro_batch} × {found.batch // found.micro_batch}")
+            say(f"the batch stays what it is: {found.batch} = {_factors(found, found.micro_batch)}")
             fastest = found.fastest
             if fastest is not None and fastest.micro_batch != found.micro_batch:
                 say(f"micro_batch: {fastest.micro_batch} was the fastest")
+            if num_processes > 1:
+                say(
+                    f"this is of one process, and {num_processes} exchange gradients besides, which is not tried:  "
+                    f"accelerate launch --num_processes {num_processes} --multi_gpu -m unet_surgery.distill RUN.yaml"
+                )
             show(f"micro_batch: {found.micro_batch}")
     if found.micro_batch is None:
         raise TrainingError(
@@ -170,6 +175,13 @@ def report_find_batch(config: RunConfig, *, quiet: bool, as_json: bool) -> None:
             where=found.device,
             hint="speed.checkpointing: full, optimizer.kind: adamw8bit, or a smaller student",
         )
+
+
+def _factors(found: Found, size: int) -> str:
+    """Return of what the batch is the product."""
+    accumulated = found.batch // (size * found.num_processes)
+    shared = f" × {found.num_processes} processes" if found.num_processes > 1 else ""
+    return f"{size} × {accumulated}{shared}"
 
 
 def _outcome(trial: Trial) -> str:

@@ -29,13 +29,14 @@ from unet_surgery.data.batches import Batch
 from unet_surgery.distill.batchsearch import largest_fitting
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.dealing import micro_batch_sizes
+from unet_surgery.distill.fit import check_processes
 from unet_surgery.distill.flopuse import FlopUse, flop_use
 from unet_surgery.distill.kernels import kernels
 from unet_surgery.distill.networks import find_folders
 from unet_surgery.distill.setup import Base, open_base, set_up
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.world import World, join_world
-from unet_surgery.errors import TrainingError, UsageError, printable
+from unet_surgery.errors import RunError, TrainingError, UsageError, printable
 
 __all__ = ["MEMORY_SHARE", "Found", "Trial", "available_bytes", "find_batch"]
 
@@ -63,6 +64,8 @@ class Found:
     device: str
     stage: str
     batch: int
+    num_processes: int
+    """Those of the run that is to come; memory is that of one."""
     micro_batch: int | None
     limit: int | None
     trials: tuple[Trial, ...]
@@ -80,26 +83,45 @@ OnTrial = Callable[[Trial], None]
 def find_batch(
     config: RunConfig,
     *,
+    num_processes: int = 1,
     limit: int | None = None,
     on_trial: OnTrial = lambda _: None,
     on_bytes: disk.Progress = lambda _done, _all: None,
 ) -> Found:
     """Try steps of the run's heaviest stage; sizes are those by which the batches of all stages can be dealt out.
 
-    ``limit`` is how many bytes this process may take on a CPU, in place of ``MEMORY_SHARE`` of what is available.
+    The steps are of this one process. With DDP each of ``num_processes`` takes what this one does, but for the buckets
+    in which gradients are exchanged; with FSDP2 less. Sizes are then those that deal out the batches to all of them.
+    ``limit`` is how many bytes this process may take on a CPU, in place of ``MEMORY_SHARE`` of what is
+    available.
 
     Raises:
-        UsageError: there are many processes; the micro-batch of one is that of each.
+        UsageError: this is one of many processes; the micro-batch of one is that of each.
+        RunError: a batch cannot be dealt out to ``num_processes``, or the optimizer works in one only.
         RunError, TrainingError, SurgeryError: as ``distill``, before its first step.
     """
     world = join_world()
     try:
         if world.size > 1:
             raise UsageError(
-                "the batch is looked for in one process", found=f"{world.size}", hint="run without accelerate launch"
+                "the batch is looked for in one process",
+                found=f"{world.size}",
+                hint=f"run without accelerate launch: distill RUN.yaml --find-batch --processes {world.size}",
+            )
+        check_processes(config, num_processes)
+        sizes = micro_batch_sizes(config, num_processes)
+        if not sizes:
+            raise RunError(
+                "the batch cannot be dealt out evenly",
+                expected="batches that the processes divide",
+                found=", ".join(f"{stage.batch} in stage {stage.name}" for stage in config.stages),
+                hint=f"a multiple of {num_processes}",
             )
         with kernels(config.speed):
-            return _look(config, world, limit, on_trial, on_bytes)
+            search, stage = _search(config, world, limit, on_trial, on_bytes)
+            found = largest_fitting(sizes, search.fits)
+        trials = tuple(search.trials)
+        return Found(_named(world.device), stage.name, stage.batch, num_processes, found, search.limit, trials)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             "the networks alone do not fit the device",
@@ -110,7 +132,9 @@ def find_batch(
         world.leave()
 
 
-def _look(config: RunConfig, world: World, limit: int | None, on_trial: OnTrial, on_bytes: disk.Progress) -> Found:
+def _search(
+    config: RunConfig, world: World, limit: int | None, on_trial: OnTrial, on_bytes: disk.Progress
+) -> tuple[_Search, Stage]:
     number, stage = _heaviest(config)
     folders = find_folders(config, on_bytes)
     base = open_base(config, folders, world)
@@ -119,9 +143,7 @@ def _look(config: RunConfig, world: World, limit: int | None, on_trial: OnTrial,
     is_cpu = world.device.type == "cpu"
     if is_cpu and limit is None:
         limit = int(MEMORY_SHARE * available_bytes()) + _resident_bytes()
-    search = _Search(config, stage, base, trainer, world, use, limit if is_cpu else None, on_trial)
-    found = largest_fitting(micro_batch_sizes(config), search.fits)
-    return Found(_named(world.device), stage.name, stage.batch, found, search.limit, tuple(search.trials))
+    return _Search(config, stage, base, trainer, world, use, limit if is_cpu else None, on_trial), stage
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -233,9 +255,10 @@ class _Search:
             torch.cuda.synchronize(self._device)
 
     def _free(self) -> None:
-        """Let go of what a trial left: gradients of a backward that broke off, and the allocator's cache."""
+        """Let go of what a trial left: gradients of a backward that broke off, what was compiled, and the cache."""
         for parameter in self._trainer.weights.run.parameters():
             parameter.grad = None
+        torch._dynamo.reset()  # each size is compiled anew, and after eight torch would compile no more
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
