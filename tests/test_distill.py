@@ -481,6 +481,9 @@ def test_a_step_is_what_a_plain_trainer_does(places: dict[str, Path], tmp_path: 
     assert (line["task"], line["output_kd"]) == pytest.approx((task.item(), output.item()), rel=1e-5)
     terms = [value for key, value in line.items() if key.startswith("feature/")]
     assert terms == pytest.approx([feature.item() for feature in features], rel=1e-5)
+    relative = [value for key, value in line.items() if key.startswith("relative/")]
+    power = [first(theirs[b]).square().mean().item() for _, b in pairs]
+    assert relative == pytest.approx([f.item() / p for f, p in zip(features, power, strict=True)], rel=1e-5)
     assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
     trained = tensors_of(tmp_path / "run")["weights"]
     for name, tensor in student.state_dict().items():

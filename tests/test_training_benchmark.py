@@ -72,7 +72,7 @@ def our_terms(loop: OurLoop, batch: Batch) -> tuple[list[float], torch.Tensor]:
     terms.total.backward()
     values = terms.values_K
     grads = [p.grad.flatten() for p in trainer.weights.masters]
-    return [float(values[0]), float(values[1]), float(values[2:].sum())], torch.cat(grads)
+    return [float(values[0]), float(values[1]), float(values[2 : 2 + len(terms.power_P)].sum())], torch.cat(grads)
 
 
 def test_both_loops_compute_the_same_terms_and_gradients(size: Size) -> None:

@@ -15,11 +15,13 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import parse_object
 from unet_surgery.errors import OutputError
 
-__all__ = ["FEATURE", "METRICS", "Metrics", "sum_of_features"]
+__all__ = ["FEATURE", "METRICS", "RELATIVE", "Metrics", "sum_of_features"]
 
 METRICS = "metrics.jsonl"
 FEATURE = "feature/"
 """What the names of feature terms begin with; the student's tap follows."""
+RELATIVE = "relative/"
+"""The same of these terms by the mean square of the teacher's activation in the same samples: 1 is as bad as zeros."""
 
 Value = float | int | str | bool | None
 

@@ -51,20 +51,19 @@ def output_kd(student: Tensor, teacher: Tensor, weights_B: Tensor | None = None)
     return _weighted_mse(student, teacher.detach(), weights_B)
 
 
-def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], power_P: Tensor | None = None) -> Tensor:
+def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Return the mean squared error of each pair of activations, fp32 [P].
 
-    BK-SDM's L_FeatKD is their sum (arXiv 2305.15798, eq. 3). ``power_P`` divides each term by the mean square of the
-    teacher's feature: without it one or two stages rule the sum (LAPTOP-Diff, arXiv 2404.11098, weighs by the feature's
-    norm for the same reason).
+    BK-SDM's L_FeatKD is their sum (arXiv 2305.15798, eq. 3). One or two stages rule it, unless each term is divided by
+    the mean square of the teacher's feature (LAPTOP-Diff, arXiv 2404.11098, weighs by the feature's norm for the same
+    reason).
 
     Raises:
         ValueError: the two sides are not as many, none at all, or a pair's shapes differ.
     """
     if not student or len(student) != len(teacher):
         raise ValueError(f"{len(student)} features of the student, {len(teacher)} of the teacher")
-    terms_P = torch.stack([_mse(ours, theirs.detach()) for ours, theirs in zip(student, teacher, strict=True)])
-    return terms_P if power_P is None else terms_P / power_P
+    return torch.stack([_mse(ours, theirs.detach()) for ours, theirs in zip(student, teacher, strict=True)])
 
 
 def mean_squares(features: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from unet_surgery.distill.compute import Loss
 from unet_surgery.distill.config import EmaConfig, Stage
 from unet_surgery.distill.ema import Ema
 from unet_surgery.distill.gallery import Gallery
-from unet_surgery.distill.metrics import FEATURE
+from unet_surgery.distill.metrics import FEATURE, RELATIVE
 from unet_surgery.distill.rates import RateConfig, rate
 from unet_surgery.distill.update import Update
 from unet_surgery.distill.weights import TrainedWeights
@@ -36,7 +36,8 @@ class Measured:
 
     num_steps: int
     terms: dict[str, float]
-    """Unweighted: those that the stage's loss names, and each feature pair's."""
+    """Without the run's weights: those that the stage's loss names (the task's with min-SNR's, where the run has
+    them), and each feature pair's, raw and relative."""
     loss: float
     grad_norm: float
     bad_steps: int
@@ -67,7 +68,7 @@ class StageTrainer:
         self._stage = stage
         self._compute = compute
         self._pairs = pairs
-        self._names = (*compute.names, *(f"{FEATURE}{tap_name(pair.student)}" for pair in pairs))
+        self._names = (*compute.names, *(f"{of}{tap_name(p.student)}" for of in (FEATURE, RELATIVE) for p in pairs))
         self._update = Update(weights, stage.optimizer, scales_loss=scales_loss)
         self._rate = RateConfig(stage.optimizer.schedule, stage.optimizer.warmup, stage.steps)
         self._normalises = stage.objectives.feature_kd.normalise == "teacher_power" and bool(pairs)
