@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ from teachers import entries, folder_bytes
 
 import unet_surgery
 from unet_surgery.data import cache as caching
-from unet_surgery.data import shards
+from unet_surgery.data import cachefolder, shards
 from unet_surgery.data.cache import make_cache
 from unet_surgery.data.cacheplan import CacheSettings, Part, shard_ranges
 from unet_surgery.data.encode import as_pixels, encode_moments, in_half
@@ -415,6 +416,26 @@ def test_outputs_that_are_refused(pictures: Path, tmp_path: Path, same_parts: No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["", '{"resolution": 16', "[]", "{}"], ids=["empty", "cut", "a list", "no keys"])
+def test_damaged_settings_are_not_taken_for_another_process(
+    pictures: Path, tmp_path: Path, same_parts: None, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """Unless one holds the lock of that file: then it is waited for, and said to be busy."""
+    monkeypatch.setattr(cachefolder, "BUSY_TRIES", 2)
+    settings = tmp_path / "out" / cachefolder.UNFINISHED / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(content)
+    with pytest.raises(OutputError, match="settings of this unfinished cache are damaged") as caught:
+        make_cache(pictures, "tiny-random", tmp_path / "out", **OPTIONS)
+    assert caught.value.where == str(settings)
+    assert caught.value.found
+    settings.unlink()
+    with (settings.parent / ".settings.json.unet-surgery").open("w") as staged:
+        fcntl.flock(staged, fcntl.LOCK_EX)
+        with pytest.raises(OutputBusyError, match="another process"):
+            make_cache(pictures, "tiny-random", tmp_path / "out", **OPTIONS)
+
+
 # --- what it refuses ------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +563,7 @@ def test_the_fingerprint_is_of_what_it_holds(whole: Path, tmp_path: Path, same_p
 # --- the other training sets ----------------------------------------------------------------------------------------
 
 
-def test_pictures_straight_from_a_source(pictures: Path, parts: Parts) -> None:
+def test_pictures_straight_from_a_source(pictures: Path, parts: Parts, caplog: pytest.LogCaptureFixture) -> None:
     """In place of a bad one stands the next, always the same."""
     samples = PictureSet(open_source(pictures), parts.tokenizer, SIDE, max_bad=0.2)
     pixels, ids = samples.batch([2, 3, 4, 17, 39])
@@ -555,6 +576,8 @@ def test_pictures_straight_from_a_source(pictures: Path, parts: Parts) -> None:
     assert samples.bad == {"empty": 1, "html": 1}
     samples.batch([3, 17])
     assert samples.bad == {"empty": 1, "html": 1}  # each counts once
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # of the first alone
+    assert "003.png cannot be used (" in caplog.text
     again = PictureSet(open_source(pictures), parts.tokenizer, SIDE, max_bad=0.2)
     assert torch.equal(again.batch([17, 4])[0][0], pixels[3])
     assert again.fingerprint == samples.fingerprint

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from unet_surgery.data.encode import as_pixels
 from unet_surgery.data.pictures import decode_picture
 from unet_surgery.data.reasons import BadSampleError
 from unet_surgery.data.sources import Source
-from unet_surgery.errors import DataError
+from unet_surgery.errors import DataError, printable
 from unet_surgery.runtime.parts import tokenize
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ __all__ = ["PictureSet"]
 
 JUDGED_FROM = 100
 
+log = logging.getLogger(__name__)
+
 
 class PictureSet:
     """Decodes the pictures of ``source`` when they are asked for. In place of a bad sample stands the next good one.
 
-    ``bad`` counts the bad samples that were met, by reason; each counts once.
+    ``bad`` counts the bad samples that were met, by reason; each counts once. It is this process's own: of many, each
+    meets its share of the samples, and one that goes on begins at none. The first one is warned of.
     """
 
     latents: Literal["moments", "pixels"] = "pixels"
@@ -102,6 +106,9 @@ class PictureSet:
                 return
             self._bad[reason] += 1
             bad, num_seen = Counter(self._bad), self._num_seen
+        if sum(bad.values()) == 1:
+            name = printable(self._source.id(place))
+            log.warning("%s cannot be used (%s): the next sample stands in for it, as for all such", name, reason)
         check_share(bad, len(self), self._max_bad, "the training pictures")
         expected = self._max_bad * num_seen
         if num_seen >= JUDGED_FROM and sum(bad.values()) > expected + 3 * sqrt(expected):

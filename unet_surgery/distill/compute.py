@@ -36,8 +36,8 @@ class Inputs:
 class Terms:
     """A micro-batch's loss.
 
-    ``values_K`` are its terms without the run's weights, detached: the loss's ``names``, the pairs', and the pairs' once
-    more, each relative to the micro-batch's ``power_P``.
+    ``values_K`` are its terms without the run's weights, detached: the loss's ``names``, the pairs', and the pairs'
+    once more, each relative to the micro-batch's ``power_P``.
     """
 
     total: Tensor

@@ -6,6 +6,7 @@ Everything but the U-Net's weights is the folder that the run began with.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,15 +29,19 @@ from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.metrics import sum_of_features
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
-from unet_surgery.errors import OutputError
+from unet_surgery.errors import OutputError, TrainingError, printable
 from unet_surgery.runtime.load import stored_dtype
 from unet_surgery.sample.chart import Curve, standalone_svg
 from unet_surgery.version import __version__
 
 __all__ = ["write_trained"]
 
+log = logging.getLogger(__name__)
+
 CURVES, SAMPLES = "training.svg", "samples.png"
 NUM_ROWS = 6
+MAX_LINES = 1000
+"""Of metrics in training.json, which goes to the Hub with the student."""
 STEP_KD = "step distillation"
 TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "task": lambda line: line["task"],
@@ -57,20 +62,26 @@ def write_trained(
     num_samples: int,
     metrics: Sequence[Mapping[str, Any]],
     samples: bytes | None,
+    bad_samples: Mapping[str, int] | None = None,
 ) -> None:
     """Write the student of a finished run to ``out``: ``start`` with new ``weights`` (name → tensor), in its dtype.
 
     ``num_samples`` is how many the data has, ``metrics`` the lines of metrics.jsonl, ``samples`` a PNG of the last
-    pictures. A student that an earlier end of the same run wrote is replaced.
+    pictures, ``bad_samples`` how many samples were replaced by others since the process began, by reason. A student
+    that an earlier end of the same run wrote is replaced.
 
     Raises:
+        TrainingError: a weight is not finite in the dtype; nothing was written then.
         OutputError: no room, or ``out`` holds something else.
     """
+    bad_samples = bad_samples or {}
+    if bad_samples:
+        log.warning("%d samples could not be used, and others stood in for them: %s", *_counted(bad_samples))
     unet = unet_folder(start)
     dtype = stored_dtype(unet) if config.init == "weights" else torch.float32
-    group = group_file({name: tensor.to(dtype) for name, tensor in weights.items()})
+    group = group_file({name: _finite(name, tensor, dtype) for name, tensor in weights.items()})
     copied = _copied(start)
-    texts = _texts(start, config, num_samples, metrics, samples)
+    texts = _texts(start, config, num_samples, metrics, samples, bad_samples)
     size = group.num_bytes + sum(path.stat().st_size for path in copied.values()) + sum(map(len, texts.values()))
     with Staging(out, replace=_is_ours) as staging:
         check_space(staging.folder.parent, size)
@@ -88,6 +99,27 @@ def write_trained(
         for name, data in texts.items():
             disk.write_file(staging.folder / name, data)
         staging.commit()
+
+
+def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an averaged weight in ``dtype``, whose largest number may be smaller than the average's."""
+    result = tensor.to(dtype)
+    if not torch.isfinite(result).all():
+        kind, largest = str(dtype).removeprefix("torch."), tensor.float().abs().max().item()
+        raise TrainingError(
+            f"the trained student does not fit {kind}, the dtype that it began in",
+            where=printable(name),
+            expected=f"numbers of at most {torch.finfo(dtype).max:g}",
+            found=f"{largest:g}",
+            hint="a run that begins with a student in fp32 (prune --dtype fp32) ends in one; this run's checkpoints "
+            "keep its average as it is",
+        )
+    return result
+
+
+def _counted(bad_samples: Mapping[str, int]) -> tuple[int, str]:
+    reasons = sorted(bad_samples.items(), key=lambda item: (-item[1], item[0]))
+    return sum(bad_samples.values()), ", ".join(f"{count} {reason}" for reason, count in reasons)
 
 
 def _is_ours(folder: Path) -> None:
@@ -111,7 +143,12 @@ def _copied(start: Path) -> dict[str, Path]:
 
 
 def _texts(
-    start: Path, config: RunConfig, num_samples: int, metrics: Sequence[Mapping[str, Any]], samples: bytes | None
+    start: Path,
+    config: RunConfig,
+    num_samples: int,
+    metrics: Sequence[Mapping[str, Any]],
+    samples: bytes | None,
+    bad_samples: Mapping[str, int],
 ) -> dict[str, bytes]:
     titles = [name for name in TERMS if name != STEP_KD or any(s.objectives.step_kd.weight for s in config.stages)]
     facts = TrainingFacts(
@@ -132,14 +169,32 @@ def _texts(
         "unet_surgery": __version__,
         "run": _without_paths(config),
         "samples": num_samples,
-        "metrics": list(metrics),
+        "bad_samples": dict(bad_samples),
     }
     texts = {
         CARD: trained_card(card, plan, facts).encode(),
-        TRAINING: (json.dumps(training, indent=1) + "\n").encode(),
+        TRAINING: _with_metrics(training, metrics).encode(),
         CURVES: standalone_svg(_curves(metrics), title="loss", x_label="step", log=True).encode(),
     }
     return texts if samples is None else {**texts, SAMPLES: samples}
+
+
+def _with_metrics(training: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Return JSON of both, a line of metrics on one of its own; of very many an even choice, with the first and last.
+
+    ``metrics_thinned`` says how many there were; it is null where all of them are there.
+    """
+    chosen = _spread(metrics, MAX_LINES)
+    thinned = {"lines": len(metrics), "kept": len(chosen)} if len(chosen) < len(metrics) else None
+    head = json.dumps({**training, "metrics_thinned": thinned}, indent=1).removesuffix("\n}")
+    lines = ",\n  ".join(json.dumps(line) for line in chosen)
+    return f'{head},\n "metrics": [\n  {lines}\n ]\n}}\n'
+
+
+def _spread(metrics: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Return at most ``count`` lines, evenly spaced, the first and last among them."""
+    count = min(count, len(metrics))
+    return [metrics[round(i * (len(metrics) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _without_paths(config: RunConfig) -> dict[str, Any]:
@@ -155,10 +210,11 @@ def _without_paths(config: RunConfig) -> dict[str, Any]:
 
 
 def _public(name: str | None) -> str | None:
-    """Return a Hub id or a built-in name as it is, and of a path its last part."""
-    if name is None or is_hub_id(name.removeprefix("hub:")):
+    """Return a Hub id or a built-in name as it is, and of a path its last part; what lies here is no Hub id."""
+    if name is None or name.startswith("hub:"):
         return name
-    return Path(name).name
+    path = Path(os.path.expanduser(name))
+    return name if is_hub_id(name) and not path.exists() else path.name
 
 
 def _data(config: RunConfig) -> str:
@@ -188,10 +244,9 @@ def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:
 
 def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return the loss at some steps: the first and last that were logged, and some between."""
-    count = min(NUM_ROWS, len(metrics))
-    chosen = [metrics[round(i * (len(metrics) - 1) / max(count - 1, 1))] for i in range(count)]
     return tuple(
-        (f"{m['step']:,}", f"{m['loss']:.4g}", *(f"{TERMS[title](m):.4g}" for title in titles)) for m in chosen
+        (f"{m['step']:,}", f"{m['loss']:.4g}", *(f"{TERMS[title](m):.4g}" for title in titles))
+        for m in _spread(metrics, NUM_ROWS)
     )
 
 

@@ -60,6 +60,11 @@ class Base:
     latent_shape: tuple[int, int, int]
     """C, H, W."""
 
+    @property
+    def bad_samples(self) -> dict[str, int]:
+        """How many samples this process could not use and replaced, by reason; a cache has none of them."""
+        return dict(getattr(self.samples, "bad", {}))
+
     def batches(
         self, seed: int, *, attempt: int = 0, caption_drop: float = 0.0, guided: GuidedSteps | None = None
     ) -> Batches:
