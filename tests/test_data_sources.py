@@ -97,6 +97,18 @@ def test_a_folder_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
     gc.collect()  # here, not in another test
 
 
+@pytest.mark.parametrize("below", [".", "train", "a"])
+def test_metadata_twice_is_refused(tmp_path: Path, below: str) -> None:
+    """Every picture would count twice; which of the two captions is meant, nobody knows."""
+    folder = tmp_path / below
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a\n")
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "b"}\n')
+    with pytest.raises(DataError, match="its metadata twice") as caught:
+        open_source(tmp_path)
+    assert caught.value.where == str(folder)
+
+
 def test_the_column_of_captions(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "set", ["a.png"], "file_name,text,blip\na.png,alt,what it shows\n")
     assert outcomes(open_source(root)) == ["alt"]

@@ -74,8 +74,14 @@ def check_output(out: Path, *inputs: Path) -> None:
 
 
 def begin_cache(out: Path, settings: CacheSettings) -> bool:
-    """Make the folder, or find that it is ours; True if the cache is finished already."""
+    """Make the folder, or find that it is ours; True if the cache is finished already.
+
+    Raises:
+        OutputError: it holds a cache of other settings, its settings are damaged, or it cannot be written.
+        OutputBusyError: another process holds the file of the settings.
+    """
     unfinished = out / UNFINISHED
+    last: BaseException | None = None
     for _ in range(BUSY_TRIES):
         if (out / CACHE_FILE).is_file():
             check_same(read_facts(out).settings, settings, str(out))
@@ -87,7 +93,8 @@ def begin_cache(out: Path, settings: CacheSettings) -> bool:
             with contextlib.suppress(FileExistsError):
                 disk.replace_file(unfinished / SETTINGS_FILE, json.dumps(settings.to_json(), indent=2).encode())
             there = read_object(unfinished / SETTINGS_FILE)
-        except (BlockingIOError, FileNotFoundError, SurgeryError):  # another process begins, or finishes, just now
+        except (BlockingIOError, FileNotFoundError, SurgeryError) as error:  # another begins, or finishes, just now
+            last = error
             time.sleep(0.1)
             continue
         except OSError as error:
@@ -95,11 +102,20 @@ def begin_cache(out: Path, settings: CacheSettings) -> bool:
         try:
             check_same(CacheSettings.from_json(there), settings, str(out))
         except (KeyError, TypeError, ValueError) as error:
-            raise OutputError(
-                "the settings of this unfinished cache are damaged", where=str(unfinished), hint="remove the folder"
-            ) from error
+            raise _damaged(unfinished, printable(repr(error))) from error
         return False
+    if isinstance(last, SurgeryError):  # nobody holds it, or it would be locked
+        raise _damaged(unfinished, f"{last.what}: {last.found}") from last
     raise OutputBusyError("another process is writing this cache", where=str(out), hint="wait for it")
+
+
+def _damaged(unfinished: Path, found: str) -> OutputError:
+    return OutputError(
+        "the settings of this unfinished cache are damaged",
+        where=str(unfinished / SETTINGS_FILE),
+        found=found,
+        hint="remove the cache's folder, and make it anew",
+    )
 
 
 def finish_shard(out: Path, name: str, facts: ShardFacts) -> None:

@@ -27,9 +27,22 @@ Entry = tuple[str, str | None] | Broken
 
 
 def find_metadata(root: Path) -> list[Path]:
-    """Return the metadata files: the folder's own, else those of the folders in it (``train`` alone if it has one)."""
+    """Return the metadata files: the folder's own, else those of the folders in it (``train`` alone if it has one).
+
+    Raises:
+        DataError: a folder has two, whose pictures would each be there twice.
+    """
     for folders in ([root], [root / "train"], sorted(p for p in root.iterdir() if p.is_dir())):
         found = [folder / name for folder in folders for name in METADATA if (folder / name).is_file()]
+        twice = next((path for path in found if sum(path.parent == other.parent for other in found) > 1), None)
+        if twice is not None:
+            raise DataError(
+                "a folder has its metadata twice",
+                where=str(twice.parent),
+                expected=" or ".join(METADATA),
+                found=" and ".join(METADATA),
+                hint="remove one of them",
+            )
         if found:
             return found
     return []
