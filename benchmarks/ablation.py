@@ -3,7 +3,8 @@
     python benchmarks/ablation.py [--jobs 2] [--only bk_tiny] [--steps 100]
 
 For ``bk_base`` and ``bk_tiny`` of the toy teacher: random weights and the task; the teacher's weights and the task;
-then its predictions besides; its activations besides; and these divided by their power. A job is a run of
+then its predictions besides; its activations besides; these divided by their power; and that at a tenth of the weight,
+as the run file has it. A job is a run of
 ``examples/runs/toy_bk_tiny.yaml`` with other keys, in a process of its own; its JSON is kept in
 ``benchmarks/results/ablation``, and a job that has one for the same settings is not run again. At the end
 ``docs/ablation.md`` and its picture are written from whatever is there.
@@ -60,6 +61,10 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "normalised": (
         "+ output + normalised features",
+        ("objectives={task: 1.0, output_kd: 1.0, feature_kd: {weight: 1.0, pairs: bk, normalise: teacher_power}}",),
+    ),
+    "normalised-tenth": (
+        "+ output + 0.1 normalised features",
         ("objectives={task: 1.0, output_kd: 1.0, feature_kd: {weight: 0.1, pairs: bk, normalise: teacher_power}}",),
     ),
 }

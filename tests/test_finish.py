@@ -41,7 +41,7 @@ def weights(places: dict[str, Path]) -> dict[str, torch.Tensor]:
 def test_an_average_that_does_not_fit_the_dtype_is_not_written(
     places: dict[str, Path], weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """The student was stored in fp16, whose largest number is 65,504; the average of its masters knows no such bound."""
+    """The student was stored in fp16, which ends at 65,504; the average of its fp32 masters does not."""
     us.prune("bk_tiny", "tiny-random", tmp_path / "halves", dtype="fp16")
     places = {**places, "halves": tmp_path / "halves"}
     name = sorted(weights)[5]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -363,6 +366,34 @@ def test_a_demo_without_its_teacher_says_so(tmp_path: Path, capsys: pytest.Captu
     assert "there is no teacher 'nobody'" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_no_process_but_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that draws or waits does not die of it: its pool would end the other one, which is saving."""
+    import demo
+
+    with demo._executor(2) as executor:
+        for future in [executor.submit(time.sleep, 0.1) for _ in range(2)]:
+            future.result()
+        drawing = executor.submit(time.sleep, 0.5)  # one draws, the other waits
+        time.sleep(0.2)
+        for pid in executor._processes:
+            os.kill(pid, signal.SIGINT)
+        drawing.result()
+        assert executor.submit(abs, -1).result() == 1
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(demo, "distill", stop)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            demo.train("distilled", ("student=s", "teacher=t", "output=o"))
+        assert caught.value.args == (signal.default_int_handler,)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # -- the ablation ------------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +408,7 @@ def test_the_jobs_differ_in_what_the_table_says() -> None:
     import ablation
 
     jobs = ablation.all_jobs()
-    assert len(jobs) == len({job.name for job in jobs}) == 1 + 2 + 2 * 5 * 3
+    assert len(jobs) == len({job.name for job in jobs}) == 1 + 2 + 2 * 6 * 3
     assert all(ablation.job_of(job.name) == job for job in jobs)
     found = {}
     for job in jobs[3:]:
@@ -385,14 +416,20 @@ def test_the_jobs_differ_in_what_the_table_says() -> None:
         wanted = config.stages[0].objectives
         assert (config.num_steps, config.stages[0].batch, config.seed) == (200, 32, job.seed)
         features = wanted.feature_kd
-        found[job.variant] = (config.init, wanted.task, wanted.output_kd, features.weight > 0, features.normalise)
+        found[job.variant] = (config.init, wanted.task, wanted.output_kd, features.weight, features.normalise)
     assert found == {
-        "random-task": ("random", 1, 0, False, "none"),
-        "task": ("weights", 1, 0, False, "none"),
-        "output": ("weights", 1, 1, False, "none"),
-        "features": ("weights", 1, 1, True, "none"),
-        "normalised": ("weights", 1, 1, True, "teacher_power"),
+        "random-task": ("random", 1, 0, 0, "none"),
+        "task": ("weights", 1, 0, 0, "none"),
+        "output": ("weights", 1, 1, 0, "none"),
+        "features": ("weights", 1, 1, 1, "none"),
+        "normalised": ("weights", 1, 1, 1, "teacher_power"),
+        "normalised-tenth": ("weights", 1, 1, 0.1, "teacher_power"),
     }
+    rows = list(found.values())
+    for before, after in itertools.pairwise(rows):
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1, "one thing at a time"
+    shipped = load_run(ablation.RUN).config.stages[0].objectives.feature_kd
+    assert (shipped.weight, shipped.normalise) == rows[-1][3:]
 
 
 def test_a_job_is_kept_and_not_run_again(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

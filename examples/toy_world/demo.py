@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -164,8 +165,11 @@ def train(name: str, changes: Sequence[str]) -> Trained:
         left = f"{progress.seconds_left:.0f} s left"
         print(f"{name}: step {progress.step} of {progress.num_steps}, loss {progress.loss:.3f}, {left}", flush=True)
 
-    config = load_run(RUN, changes).config
-    result = distill(config, on_progress=say)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run saves, and one that only loads may end
+    try:
+        result = distill(load_run(RUN, changes).config, on_progress=say)
+    finally:
+        signal.signal(signal.SIGINT, before)
     lines = (result.folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return Trained(result.student, [json.loads(line) for line in lines], time.process_time() - started)
 
@@ -193,7 +197,16 @@ def _executor(num_processes: int) -> Executor:
         return Here()
     context = multiprocessing.get_context("spawn")
     threads = max(1, _num_cores() // num_processes)
-    return ProcessPoolExecutor(num_processes, context, initializer=torch.set_num_threads, initargs=(threads,))
+    return ProcessPoolExecutor(num_processes, context, initializer=_begin, initargs=(threads,))
+
+
+def _begin(threads: int) -> None:
+    """Begin a process of the pool; Ctrl-C reaches it too, and ends it only where it trains.
+
+    One that draws, or waits, would die of it, and the pool would end the others: those that are saving.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
 
 
 def _num_cores() -> int:

@@ -123,30 +123,32 @@ def is_recomputed(path: str, checkpointing: str, unet: UNetGraph) -> bool:
 
 
 # Dense TFLOP/s as NVIDIA's datasheets say, of bf16, fp16 (both with fp32 accumulation) and fp32; where one quotes rates
-# "with sparsity", half of them. GeForce: the architectures' whitepapers, with fp32 accumulation. fp32 is TF32 where
-# there is one. None: the chip has no such type. A name is a part of what torch and nvidia-smi call the device.
+# "with sparsity", half of them. GeForce: the architectures' whitepapers, with fp32 accumulation. fp32 is that of the
+# cores, not the tensor cores' TF32, in which torch multiplies no matrices unless it is told to; but it lets cuDNN
+# convolve in it, so that an fp32 run may be above this peak. A superchip's rate is one GPU's.
+# None: the chip has no such type. A name is a part of what torch and nvidia-smi call the device.
 PEAKS: Mapping[str, tuple[float | None, float, float]] = MappingProxyType(
     {
-        "GB200": (2500, 2500, 1250),
-        "B200": (2250, 2250, 1125),
-        "H200 NVL": (835.5, 835.5, 417.5),
-        "H200": (989.5, 989.5, 494.7),
-        "GH200": (989.5, 989.5, 494.7),
-        "H100 NVL": (835.5, 835.5, 417.5),
-        "H100 PCIe": (756.5, 756.5, 378.3),
-        "H100": (989.5, 989.5, 494.7),
-        "H800": (989.5, 989.5, 494.7),
-        "A100": (312, 312, 156),
-        "A800": (312, 312, 156),
-        "A40": (149.7, 149.7, 74.8),
-        "A30": (165, 165, 82),
+        "GB200": (2500, 2500, 80),
+        "B200": (2250, 2250, 80),
+        "H200 NVL": (835.5, 835.5, 60),
+        "H200": (989.5, 989.5, 67),
+        "GH200": (989.5, 989.5, 67),
+        "H100 NVL": (835.5, 835.5, 60),
+        "H100 PCIe": (756.5, 756.5, 51),
+        "H100": (989.5, 989.5, 67),
+        "H800": (989.5, 989.5, 67),
+        "A100": (312, 312, 19.5),
+        "A800": (312, 312, 19.5),
+        "A40": (149.7, 149.7, 37.4),
+        "A30": (165, 165, 10.3),
         "A10G": (70, 70, 35),
-        "A10": (125, 125, 62.5),
-        "RTX A6000": (154.8, 154.8, 77.4),
-        "RTX 6000 Ada": (364.2, 364.2, 182.1),
-        "L40S": (362.05, 362.05, 183),
+        "A10": (125, 125, 31.2),
+        "RTX A6000": (154.8, 154.8, 38.7),
+        "RTX 6000 Ada": (364.2, 364.2, 91.1),
+        "L40S": (362.05, 362.05, 91.6),
         "L40": (181.05, 181.05, 90.5),
-        "L4": (121, 121, 60),
+        "L4": (121, 121, 30.3),
         "V100-SXM2": (None, 125, 15.7),
         "V100-SXM3": (None, 125, 15.7),
         "V100": (None, 112, 14),
