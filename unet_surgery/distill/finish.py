@@ -25,7 +25,7 @@ from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.distill.config import RunConfig, Stage
-from unet_surgery.distill.metrics import sum_of_features
+from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
 from unet_surgery.errors import OutputError
@@ -39,10 +39,10 @@ CURVES, SAMPLES = "training.svg", "samples.png"
 NUM_ROWS = 6
 STEP_KD = "step distillation"
 TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "task": lambda line: line["task"],
-    "output": lambda line: line.get("output_kd", 0.0),
+    "task": lambda line: term(line, "task"),
+    "output": lambda line: term(line, "output_kd"),
     "features": sum_of_features,
-    STEP_KD: lambda line: line.get("step_kd", 0.0),
+    STEP_KD: lambda line: term(line, "step_kd"),
 }
 """A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
 BARE_CARD = "---\nlibrary_name: diffusers\ntags: [unet-surgery]\n---\n\n# A U-Net\n"
@@ -191,14 +191,14 @@ def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> t
     count = min(NUM_ROWS, len(metrics))
     chosen = [metrics[round(i * (len(metrics) - 1) / max(count - 1, 1))] for i in range(count)]
     return tuple(
-        (f"{m['step']:,}", f"{m['loss']:.4g}", *(f"{TERMS[title](m):.4g}" for title in titles)) for m in chosen
+        (f"{m['step']:,}", f"{term(m, 'loss'):.4g}", *(f"{TERMS[title](m):.4g}" for title in titles)) for m in chosen
     )
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     steps = [m["step"] for m in metrics]
     rows = {
-        "features, summed" if title == "features" else title: [term(m) for m in metrics]
-        for title, term in TERMS.items()
+        "features, summed" if title == "features" else title: [value(m) for m in metrics]
+        for title, value in TERMS.items()
     }
     return [Curve(name, steps, values) for name, values in rows.items() if any(value > 0 for value in values)]
