@@ -175,8 +175,8 @@ $ unet-surgery prune --recipe bk_tiny --teacher toy
 ## How well it draws
 
 Pictures that are right in all that the caption says, on captions that no training saw: {options.captions} pictures of
-each kind (of {num_one} and {num_two} different captions), DDIM, {options.steps} steps, guidance {options.guidance:g}, seed
-{options.seed}; in brackets the 95 % Wilson interval. What is shipped are the weights rounded to half precision.
+each kind (of {num_one} and {num_two} different captions), DDIM, {options.steps} steps, guidance {options.guidance:g},
+seed {options.seed}; in brackets the 95 % Wilson interval. What is shipped are the weights rounded to half precision.
 
 | | as trained, fp32 | as shipped, fp16 |
 |---|---:|---:|
