@@ -7,10 +7,12 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training import command, environment, metrics, run_command, run_data, write_run
@@ -294,11 +296,13 @@ def test_a_changed_student_is_noticed(places: dict[str, Path], tmp_path: Path) -
 
 
 def test_a_longer_run_goes_on(places: dict[str, Path], tmp_path: Path) -> None:
-    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=3)
     distill(RunConfig.from_data(data))
-    result = distill(RunConfig.from_data({**data, "steps": 3}))
-    assert result.step == 3
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    result = distill(RunConfig.from_data({**data, "steps": 5}))
+    assert result.step == 5
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    distill(RunConfig.from_data({**data, "steps": 5, "output": str(tmp_path / "at once")}))
+    assert_same(tmp_path / "run", tmp_path / "at once")
 
 
 def test_two_runs_in_one_folder(places: dict[str, Path], tmp_path: Path) -> None:
@@ -330,6 +334,96 @@ def test_bad_steps_are_skipped_rolled_back_and_then_given_up(places: dict[str, P
     assert seen["most_bad_in_a_row"] == 2
     assert seen["weights_not_finite"] == []  # what was not finite was never applied
     assert not (tmp_path / "run" / "student").exists()
+
+
+def spoil_noise(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int, int], bool]) -> None:
+    """Make the noise of positions NaN of which ``bad`` (salt, position) is true."""
+    from unet_surgery.data.keyed import KeyedNoise
+
+    normals = KeyedNoise.normals
+
+    def spoilt(self: KeyedNoise, kind: str, start: int, count: int, shape: tuple[int, ...]) -> Any:
+        values = normals(self, kind, start, count, shape)
+        if kind == "noise":
+            values[[bad(self.salt, start + i) for i in range(count)]] = np.nan
+        return values
+
+    monkeypatch.setattr(KeyedNoise, "normals", spoilt)
+
+
+def test_a_checkpoint_inside_trouble_does_not_bring_it_back(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 to 6 are bad, step 5 is saved, step 6 looked at: back to 5, and with other noise all is well."""
+    spoil_noise(monkeypatch, lambda salt, position: salt == 0 and 8 <= position < 24)
+    changes = {"steps": 9, "log": {"every": 6}, "save": {"every": 5}, "trouble": {"max_in_a_row": 2}}
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, **changes)
+    result = distill(RunConfig.from_data(data))
+    assert result.step == 9
+    assert load_state(state_folders(tmp_path / "run")[-1]).facts["roll_backs"] == 1
+
+
+def test_a_run_that_applied_no_step_is_an_error(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_noise(monkeypatch, lambda salt, position: True)
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=3)
+    with pytest.raises(TrainingError, match="no step of the stage was applied"):
+        distill(RunConfig.from_data(data))
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == [None] * 3
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_look_at_nothing_finite_is_null_and_the_card_says_so(
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_noise(monkeypatch, lambda salt, position: position < 4)
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=3)
+    result = distill(RunConfig.from_data(data))
+    assert [line["task"] is None for line in metrics(tmp_path / "run")] == [True, False, False]
+    assert "| nan |" in (result.student / "README.md").read_text()
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_again(places: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2, save={"every": 2})
+    distill(RunConfig.from_data(data))
+    before = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match="checkpoints are gone"):
+        distill(RunConfig.from_data({**data, "seed": 1}))
+    shutil.rmtree(tmp_path / "run" / "student")
+    with pytest.raises(RunError, match="checkpoints are gone"):
+        distill(RunConfig.from_data({**data, "seed": 1}))
+    assert metrics(tmp_path / "run") == before
+
+
+def test_a_run_that_saved_nothing_begins_anew_and_says_so(
+    places: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"st')
+    distill(RunConfig.from_data(data))
+    assert "ended after step 1 with no checkpoint" in caplog.text
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_signal_at_a_stages_end_begins_no_other(places: dict[str, Path], tmp_path: Path) -> None:
+    import os
+
+    stages = [{"name": "one", "steps": 2}, {"name": "two", "steps": 2}]
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, stages=stages)
+    del data["steps"]
+
+    def stop_at(progress: Any) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result = distill(RunConfig.from_data(data), on_progress=stop_at)
+    assert (result.step, result.stopped_by, result.student) == (2, signal.SIGTERM, None)
+    assert distill(RunConfig.from_data(data)).step == 4
 
 
 def test_a_tap_that_is_not_there_is_refused_before_the_first_step(places: dict[str, Path], tmp_path: Path) -> None:

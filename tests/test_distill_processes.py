@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 20
 LR = 5e-5
-ENGINES = {"ddp": ["--cpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
+ENGINES = {"ddp": ["--multi_gpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
 
 
 def steady(out: Path, places: dict[str, Path], **changes: Any) -> dict[str, Any]:
@@ -76,6 +76,11 @@ def assert_equal_to_rounding(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(tensor, b["weights"][name], rtol=0, atol=0.1 * LR * STEPS)
 
 
+def num_processes(run: Path) -> int:
+    """Return how many processes wrote the last checkpoint: a launcher may start fewer than it was told to."""
+    return int(load_state(state_folders(run)[-1]).facts["processes"])
+
+
 def test_accumulation(alone: Path, places: dict[str, Path], tmp_path: Path) -> None:
     distill(RunConfig.from_data(steady(tmp_path / "run", places, micro_batch=1)))
     assert_equal_to_rounding(tmp_path / "run", alone)
@@ -84,6 +89,7 @@ def test_accumulation(alone: Path, places: dict[str, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes(alone: Path, places: dict[str, Path], tmp_path: Path, engine: str) -> None:
     launch(engine, write_run(tmp_path / "run.yaml", steady(tmp_path / "run", places, micro_batch=1)))
+    assert num_processes(tmp_path / "run") == 2
     assert_equal_to_rounding(tmp_path / "run", alone)
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "run" / "student" / weights).stat().st_size == (alone / "student" / weights).stat().st_size
@@ -95,6 +101,7 @@ def test_half_on_two_processes_half_on_one(alone: Path, places: dict[str, Path],
     """A checkpoint of two processes is one of one process: the run goes on with the same data and noise."""
     out = tmp_path / "run"
     launch(engine, write_run(tmp_path / "run.yaml", steady(out, places, steps=STEPS // 2)))
+    assert num_processes(out) == 2
     distill(RunConfig.from_data(steady(out, places)))
     assert_equal_to_rounding(out, alone)
 
@@ -105,6 +112,7 @@ def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path,
     data = steady(tmp_path / "one", places, steps=3, speed={"dtype": "bf16"}, micro_batch=1)
     distill(RunConfig.from_data(data))
     launch(engine, write_run(tmp_path / "run.yaml", {**data, "output": str(tmp_path / "two")}))
+    assert num_processes(tmp_path / "two") == 2
     for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=2e-3)
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
@@ -117,6 +125,7 @@ def test_steps_on_two_processes(places: dict[str, Path], tmp_path: Path, engine:
     data = steady(tmp_path / "one", places, steps=3, objectives=terms, micro_batch=1, seed=16)
     distill(RunConfig.from_data(data))
     launch(engine, write_run(tmp_path / "run.yaml", {**data, "output": str(tmp_path / "two")}))
+    assert num_processes(tmp_path / "two") == 2
     lines = metrics(tmp_path / "two")
     assert len(lines) == 3
     for line, other in zip(lines, metrics(tmp_path / "one"), strict=True):

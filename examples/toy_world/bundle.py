@@ -150,6 +150,7 @@ def write_card(student: Path, before: Scores, after: Scores, options: argparse.N
         f"| {title} | {_cell(before[kind])} | {_cell(after[kind])} |"
         for kind, title in (("one", "one object"), ("two", "two objects"))
     ]
+    num_one, num_two = (len(set(captions_of(kind, options.captions))) for kind in ("one", "two"))
     attributes = [
         f"| {name} | {after['one']['attributes'][name]:.1%} | {after['two']['attributes'][name]:.1%} |"
         for name in after["one"]["attributes"]
@@ -173,9 +174,9 @@ $ unet-surgery prune --recipe bk_tiny --teacher toy
 
 ## How well it draws
 
-Pictures that are right in all that the caption says, on captions that no training saw: {options.captions} of each kind,
-DDIM, {options.steps} steps, guidance {options.guidance:g}, seed {options.seed}; in brackets the 95 % Wilson interval.
-What is shipped are the weights rounded to half precision.
+Pictures that are right in all that the caption says, on captions that no training saw: {options.captions} pictures of
+each kind (of {num_one} and {num_two} different captions), DDIM, {options.steps} steps, guidance {options.guidance:g},
+seed {options.seed}; in brackets the 95 % Wilson interval. What is shipped are the weights rounded to half precision.
 
 | | as trained, fp32 | as shipped, fp16 |
 |---|---:|---:|
@@ -187,8 +188,9 @@ What is shipped are the weights rounded to half precision.
 
 ## How it was made
 
-{_training(student)} `examples/toy_world` of the repository has the scripts, which draw their
-own pictures: `train_parts.py` for VAE and text encoder, `teacher.yaml` for the U-Net, `bundle.py` for these files.
+{_training(student)}
+`examples/toy_world` of the repository has the scripts, which draw their own pictures: `train_parts.py` for VAE and text
+encoder, `teacher.yaml` for the U-Net, `bundle.py` for these files.
 
 ## Limits
 

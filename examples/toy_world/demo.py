@@ -28,7 +28,7 @@ from score import captions_of, drawing, load_pipeline, tally
 
 import unet_surgery as us
 from unet_surgery.distill import Progress, RunConfig, distill, load_run
-from unet_surgery.distill.metrics import sum_of_features
+from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.errors import SurgeryError
 from unet_surgery.sample.page import Accuracy, Curve, Curves, Pictures, Prose, Section, Share, Table, page
 from unet_surgery.toyworld.checker import judge
@@ -305,9 +305,9 @@ def _shown(captions: Sequence[str]) -> list[int]:
     return [i for kind in (1, 2) for i in [i for i, num in enumerate(num_things) if num == kind][:NUM_SHOWN]]
 
 
-def _curve(name: str, trained: Trained, term: str, tone: int) -> Curve:
+def _curve(name: str, trained: Trained, wanted: str, tone: int) -> Curve:
     """Return a term over the steps; "" is the sum of all features."""
-    values = [line[term] if term else sum_of_features(line) for line in trained.metrics]
+    values = [term(line, wanted) if wanted else sum_of_features(line) for line in trained.metrics]
     return Curve(name, [line["step"] for line in trained.metrics], values, tone)
 
 

@@ -28,7 +28,7 @@ DEFAULT_MAX_HEADER = "8MiB"
 TEACHER_HELP = (
     "A diffusers folder (pipeline or U-Net), a single .safetensors file, a Hub id org/name\\[/folder or "
     "/file]\\[@revision], or a built-in name: "
-    "tiny-random, sd-v1-random, …"
+    "toy, tiny-random, sd-v1-random, …"
 )
 
 RecipeName = Annotated[

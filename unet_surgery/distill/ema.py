@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["Ema"]
+__all__ = ["Ema", "caught_up", "decay_at"]
 
 
 class Ema:
@@ -33,24 +33,13 @@ class Ema:
         self._params = [tensor.detach() for tensor in params.values()]
         self._shadow = [tensor.to(torch.float32, copy=True) for tensor in self._params]
 
-    def decay_at(self, step: int) -> float:
-        """Return what is left of the average after the update at ``step``: decay^every, less while it warms up."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
-        return float(decay**self.every)
-
     def update(self, step: int) -> None:
         """Take in the parameters after optimizer step ``step``, the first of which is 1; the device is not waited for.
 
         Nothing is done at steps that ``every`` does not divide.
         """
         if step % self.every == 0:
-            self._move(1 - self.decay_at(step))
-
-    def catch_up(self, step: int) -> None:
-        """Take in the parameters at the end, after optimizer step ``step``: of the steps since the last update."""
-        rest = step % self.every
-        if rest:
-            self._move(1 - self.decay_at(step) ** (rest / self.every))
+            self._move(1 - decay_at(step, self.decay, warm_up=self.warm_up) ** self.every)
 
     def _move(self, weight: float) -> None:
         pairs = list(zip(self._shadow, self._params, strict=True))
@@ -65,3 +54,28 @@ class Ema:
     def state(self) -> dict[str, torch.Tensor]:
         """Return name → average, fp32: the shadow itself, which the next update changes and a resume fills."""
         return dict(zip(self._names, self._shadow, strict=True))
+
+
+def decay_at(step: int, decay: float, *, warm_up: bool) -> float:
+    """Return what is left of an average after one step, the ``step``-th: ``decay``, or less while it warms up."""
+    return min(decay, (1 + step) / (10 + step)) if warm_up else decay
+
+
+def caught_up(
+    average: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    step: int,
+    *,
+    decay: float,
+    every: int,
+    warm_up: bool,
+) -> Mapping[str, torch.Tensor]:
+    """Return an average as it is to be used after ``step``: with the steps since its last update taken in.
+
+    The running average is left as it is, so that a run that goes on from here is one that never stopped.
+    """
+    rest = step % every
+    if rest == 0:
+        return average
+    left = decay_at(step, decay, warm_up=warm_up) ** rest
+    return {name: value.lerp(weights[name].to(value.device, value.dtype), 1 - left) for name, value in average.items()}

@@ -26,7 +26,7 @@ from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.distill.config import RunConfig, Stage
-from unet_surgery.distill.metrics import sum_of_features
+from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
 from unet_surgery.errors import OutputError, TrainingError, printable
@@ -44,10 +44,10 @@ MAX_LINES = 1000
 """Of metrics in training.json, which goes to the Hub with the student."""
 STEP_KD = "step distillation"
 TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "task": lambda line: line["task"],
-    "output": lambda line: line.get("output_kd", 0.0),
+    "task": lambda line: term(line, "task"),
+    "output": lambda line: term(line, "output_kd"),
     "features": sum_of_features,
-    STEP_KD: lambda line: line.get("step_kd", 0.0),
+    STEP_KD: lambda line: term(line, "step_kd"),
 }
 """A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
 BARE_CARD = "---\nlibrary_name: diffusers\ntags: [unet-surgery]\n---\n\n# A U-Net\n"
@@ -245,7 +245,7 @@ def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:
 def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return the loss at some steps: the first and last that were logged, and some between."""
     return tuple(
-        (f"{m['step']:,}", f"{m['loss']:.4g}", *(f"{TERMS[title](m):.4g}" for title in titles))
+        (f"{m['step']:,}", f"{term(m, 'loss'):.4g}", *(f"{TERMS[title](m):.4g}" for title in titles))
         for m in _spread(metrics, NUM_ROWS)
     )
 
@@ -253,7 +253,7 @@ def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> t
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     steps = [m["step"] for m in metrics]
     rows = {
-        "features, summed" if title == "features" else title: [term(m) for m in metrics]
-        for title, term in TERMS.items()
+        "features, summed" if title == "features" else title: [value(m) for m in metrics]
+        for title, value in TERMS.items()
     }
     return [Curve(name, steps, values) for name, values in rows.items() if any(value > 0 for value in values)]

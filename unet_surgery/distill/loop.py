@@ -136,17 +136,28 @@ def train(run: Run, place: Place, trainer: StageTrainer, done: int) -> TrainingS
             is_stopping = run.world.any(run.stop.signal is not None)
             if step % config.log.every == 0 or is_last:
                 _log(run, place, trainer, number + 1, clock)
-            if is_last:
-                trainer.end()
             if _is_drawn(config, step):
                 with clock.paused():
-                    trainer.draw(run.gallery, step, place.number)
+                    trainer.draw(run.gallery, step, place.number, number + 1)
             if is_last or is_stopping:
-                return _at_end(_save(run, place, trainer, step))
+                state = _save(run, place, trainer, step)
+                _refuse_untrained(state, is_last=is_last)
+                return _at_end(state)
             if step % config.save.every == 0:
                 with clock.paused():
                     _save_if_possible(run, place, trainer, step)
     raise AssertionError("a stage has at least one step")
+
+
+def _refuse_untrained(state: TrainingState, *, is_last: bool) -> None:
+    """A stage whose every step was skipped has trained nothing; what follows would be published as trained."""
+    trainer = state.facts["trainer"]
+    if is_last and trainer["adam_steps"] == 0:
+        raise TrainingError(
+            "no step of the stage was applied",
+            found=f"gradients were not finite in all {trainer['bad_in_all']} steps",
+            hint="a lower lr, speed.dtype: bf16 or fp32 in place of fp16, or look for broken data or weights",
+        )
 
 
 def _batches(run: Run, place: Place, done: int, size: int, count: int) -> Generator[Batch]:

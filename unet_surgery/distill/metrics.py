@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import parse_object
 from unet_surgery.errors import OutputError
 
-__all__ = ["FEATURE", "METRICS", "RELATIVE", "Metrics", "sum_of_features"]
+__all__ = ["FEATURE", "METRICS", "RELATIVE", "Metrics", "last_step", "sum_of_features", "term"]
 
 METRICS = "metrics.jsonl"
 FEATURE = "feature/"
@@ -135,5 +135,26 @@ def _finite(value: Value) -> Value:
 
 
 def sum_of_features(line: Mapping[str, Any]) -> float:
-    """Return the sum of a line's feature terms, unweighted."""
-    return float(sum(value for key, value in line.items() if key.startswith(FEATURE)))
+    """Return the sum of a line's feature terms, unweighted; NaN where one was never finite."""
+    return float(sum(term(line, key) for key in line if key.startswith(FEATURE)))
+
+
+def term(line: Mapping[str, Any], name: str) -> float:
+    """Return a number of a line: 0 where the line has none of that name, NaN where it was never finite."""
+    value = line.get(name, 0.0)
+    return nan if value is None else float(value)
+
+
+def last_step(run: Path) -> int:
+    """Return the step of the last whole line of a run's metrics; 0 where there is none."""
+    try:
+        lines = (run / METRICS).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            with contextlib.suppress(ValueError):
+                step = parse_object(line).get("step")
+                if type(step) is int:
+                    return step
+    return 0

@@ -9,13 +9,13 @@ import contextlib
 import gc
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import RunConfig
+from unet_surgery.distill.ema import caught_up
 from unet_surgery.distill.finish import write_trained
 from unet_surgery.distill.flopuse import flop_use
 from unet_surgery.distill.gallery import Gallery
@@ -23,7 +23,7 @@ from unet_surgery.distill.identity import identity, refuse_changes
 from unet_surgery.distill.journal import Journal, NoJournal
 from unet_surgery.distill.kernels import kernels
 from unet_surgery.distill.loop import OnProgress, Place, Progress, Result, RollBack, Run, train
-from unet_surgery.distill.metrics import METRICS
+from unet_surgery.distill.metrics import METRICS, last_step
 from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import open_base, set_up
@@ -65,8 +65,17 @@ def distill(
             hint="a smaller micro_batch: (the batch stays what it is), speed.checkpointing: high_resolution, "
             "or distill --find-batch",
         ) from error
+    except RuntimeError as error:
+        if world.size > 1 and _is_of_another(error):
+            raise TrainingError("another process of the run ended", hint="its own message says why") from error
+        raise
     world.leave()
     return result
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    """True if a process that waited for another found it gone; gloo's errors have no type of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _own(folder: Path, stack: contextlib.ExitStack) -> None:
@@ -85,6 +94,8 @@ def _run(
     state = _newest(folder, world)
     if state is not None:
         _continue(config, state, known, folder)
+    else:
+        world.on_main(lambda: _begin(config, folder))
     step = 0 if state is None else state.step
     stop = stack.enter_context(Stop())
     journal = world.on_main(lambda: stack.enter_context(Journal(config, folder, step))) or NoJournal()
@@ -96,13 +107,13 @@ def _run(
         if state is None or state.step < end:
             held, state = [state], None
             state = _stage(run, folders, place, held)
-        if state.step < end:
+        if state.step < end or (end < config.num_steps and world.any(stop.signal is not None)):
             return Result(folder, None, state.step, world.highest(stop.signal or 0))
         place = Place(number + 1, end, place.first_sample + stage.steps * stage.batch)
     assert state is not None
-    average, step = state.tensors.get("ema", {}), state.step
-    world.on_main(lambda: _finish(run, folders, average))
-    return Result(folder, folder / STUDENT, step, None)
+    ended = state
+    world.on_main(lambda: _finish(run, folders, ended))
+    return Result(folder, folder / STUDENT, ended.step, None)
 
 
 def _newest(folder: Path, world: World) -> TrainingState | None:
@@ -133,12 +144,34 @@ def _continue(config: RunConfig, state: TrainingState, known: dict[str, object],
     log.warning("going on after step %d of %d", state.step, config.num_steps)
 
 
+def _begin(config: RunConfig, folder: Path) -> None:
+    """Say that a run begins anew where an earlier one saved nothing, and refuse where it did.
+
+    Raises:
+        RunError: the folder holds a finished student, or metrics of a run that had saved: its checkpoints are gone.
+    """
+    step = last_step(folder)
+    if (folder / STUDENT).exists() or step >= config.save.every:
+        raise RunError(
+            "an earlier run's checkpoints are gone, and a new one would write over what is left",
+            where=str(folder),
+            expected=f"checkpoints, or neither {STUDENT}/ nor metrics",
+            found=f"{STUDENT}/" if (folder / STUDENT).exists() else f"{METRICS} up to step {step}",
+            hint="choose another output:, or move the folder away",
+        )
+    if step:
+        log.warning("an earlier run ended after step %d with no checkpoint: beginning anew", step)
+
+
 def _stage(run: Run, folders: Folders, place: Place, held: list[TrainingState | None]) -> TrainingState:
     """Train one stage from the state in ``held``, which lies in it or at the end of the one before.
 
     Returns where it stopped. The list is emptied: what it held is gigabytes, and the trainer's from then on.
     """
+    is_again = False
     while True:
+        if run.config.speed.compile:
+            torch._dynamo.reset()  # else its limit of graphs for one function is spent by the stages together
         state = held.pop()
         run.roll_backs = max(run.roll_backs, 0 if state is None else int(state.facts["roll_backs"]))
         is_within = state is not None and state.step > place.first_step
@@ -149,6 +182,8 @@ def _stage(run: Run, folders: Folders, place: Place, held: list[TrainingState | 
         done = 0
         if state is not None and facts is not None:
             trainer.restore(state.tensors, facts)
+            if is_again:
+                trainer.forget_trouble()
             done = state.step - place.first_step
         elif state is not None:
             _refuse_earlier(state, place)
@@ -158,6 +193,7 @@ def _stage(run: Run, folders: Folders, place: Place, held: list[TrainingState | 
             return train(run, place, trainer, done)
         except RollBack:
             run.roll_backs += 1
+            is_again = True
         del trainer  # before its successor is made: both at once may be more than the device holds
         _free()
         held.append(_newest(run.folder, run.world))
@@ -183,8 +219,12 @@ def _refuse_earlier(state: TrainingState, place: Place) -> None:
         )
 
 
-def _finish(run: Run, folders: Folders, average: Mapping[str, torch.Tensor]) -> None:
+def _finish(run: Run, folders: Folders, state: TrainingState) -> None:
     """Write the finished student, with the averaged weights."""
+    ema, steps = run.config.ema, run.config.stages[-1].steps
+    average = caught_up(
+        state.tensors["ema"], state.tensors["weights"], steps, decay=ema.decay, every=ema.every, warm_up=ema.warmup
+    )
     lines = [json.loads(line) for line in (run.folder / METRICS).read_text("utf-8").splitlines()]
     pictures = sorted((run.folder / PICTURES).glob("step-*.png"))
     write_trained(

@@ -16,7 +16,7 @@ from unet_surgery.data.batches import Batch
 from unet_surgery.distill import objectives
 from unet_surgery.distill.compute import Loss
 from unet_surgery.distill.config import EmaConfig, Stage
-from unet_surgery.distill.ema import Ema
+from unet_surgery.distill.ema import Ema, caught_up
 from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.metrics import FEATURE, RELATIVE
 from unet_surgery.distill.rates import RateConfig, rate
@@ -103,10 +103,6 @@ class StageTrainer:
             self._see(torch.stack(powers).mean(0))
         self._note(torch.cat([torch.stack(losses).mean(0), norm[None]]))
 
-    def end(self) -> None:
-        """Take the stage's last steps into the average."""
-        self.ema.catch_up(self._stage.steps)
-
     def _note(self, measured: Tensor) -> None:
         """Add up what is finite; what is not is counted elsewhere, and no mean is of it."""
         is_finite = torch.isfinite(measured)
@@ -127,7 +123,7 @@ class StageTrainer:
         """Return what was measured since the last look; the one place that waits for the device."""
         counters = torch.stack([self._update.bad_in_all, self._update.most_in_a_row])
         num_bad, most = (int(value) for value in counters.tolist())
-        means = self._world.mean(self._sums) / self._world.mean(self._counts).clamp(min=1e-9)
+        means = self._world.mean(self._sums) / self._world.mean(self._counts)  # NaN where nothing was finite
         loss, *terms, norm = means.tolist()
         result = Measured(self._num_steps, dict(zip(self._names, terms, strict=True)), loss, norm, num_bad, most)
         self._sums.zero_()
@@ -149,16 +145,19 @@ class StageTrainer:
         """Gathering needs all processes; keeping does not."""
         return {name: tensor for name, tensor in tensors if self._world.is_main}
 
-    def draw(self, gallery: Gallery, step: int, stage_number: int) -> None:
-        """Draw the fixed prompts with the weights as they are; every process must ask."""
-        columns = {
-            "student": self._kept(self.weights.whole(self.weights.masters)),
-            "average": self._kept(self.weights.whole(list(self.ema.state().values()))),
-        }
+    def draw(self, gallery: Gallery, step: int, stage_number: int, number: int) -> None:
+        """Draw the fixed prompts with the weights as they are after ``number`` steps of the stage.
+
+        Every process must ask, and waits for the main one.
+        """
+        weights = self._kept(self.weights.whole(self.weights.masters))
+        average = self._kept(self.weights.whole(list(self.ema.state().values())))
+        ema = self.ema
+        ended = caught_up(average, weights, number, decay=ema.decay, every=ema.every, warm_up=ema.warm_up)
+        columns = {"student": weights, "average": ended}
         teacher = self._compute.teacher
-        if self._world.is_main:
-            drawn = None if teacher is None else (_unet_of(teacher), self._compute.teacher_predicts)
-            gallery.draw(step, self.unet_config, columns, drawn, stage_number)
+        drawn = None if teacher is None else (_unet_of(teacher), self._compute.teacher_predicts)
+        self._world.on_main(lambda: gallery.draw(step, self.unet_config, columns, drawn, stage_number))
 
     def facts(self) -> dict[str, Any]:
         """Return what else a run needs to go on exactly, as JSON data; asks the device, and every process must ask."""
@@ -197,6 +196,11 @@ class StageTrainer:
         self._counts = torch.tensor(facts["counts"], device=device)
         self._num_steps = int(facts["num_steps"])
         self._update.most_in_a_row.fill_(int(facts["most_in_a_row"]))
+
+    def forget_trouble(self) -> None:
+        """Begin to count bad steps in a row anew: after a roll-back they are of noise that no longer comes."""
+        self._update.bad_in_a_row.zero_()
+        self._update.most_in_a_row.zero_()
 
 
 def _unet_of(network: nn.Module) -> Any:

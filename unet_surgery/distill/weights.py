@@ -8,6 +8,7 @@ same tensors; under FSDP2 the masters are the fp32 shards that it keeps anyway.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unet_surgery.distill.world import World
+from unet_surgery.errors import TrainingError
 
 __all__ = ["DTYPES", "TrainedWeights"]
 
@@ -43,9 +45,7 @@ class TrainedWeights:
             self._copy(module, [p for _, p in named], dtype)
             if world.engine == "ddp":
                 ids = None if world.device.type == "cpu" else [world.device.index]
-                self.run = nn.parallel.DistributedDataParallel(
-                    module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-                )
+                self.run = nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def _copy(self, module: nn.Module, params: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
         self._is_rounded = dtype != torch.float32
@@ -99,19 +99,34 @@ class TrainedWeights:
 
     def _meet(self) -> None:
         """Average the masters' gradients over all processes, many tensors at a time."""
-        works = []
+        on_its_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()  # two buckets: more would be a copy of them all
         for bucket in _buckets([m.grad for m in self.masters]):
             flat = torch.cat([grad.flatten() for grad in bucket])
-            works.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, work in works:
-            work.wait()
-            flat.div_(self._world.size)
-            parts = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [part.view(grad.shape) for part, grad in zip(parts, bucket, strict=True)])
+            on_its_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            if len(on_its_way) > 1:
+                self._arrive(*on_its_way.popleft())
+        while on_its_way:
+            self._arrive(*on_its_way.popleft())
+
+    def _arrive(self, bucket: list[Tensor], flat: Tensor, work: Any) -> None:
+        work.wait()
+        flat.div_(self._world.size)
+        parts = flat.split([grad.numel() for grad in bucket])
+        torch._foreach_copy_(bucket, [part.view(grad.shape) for part, grad in zip(parts, bucket, strict=True)])
 
     def gradients(self) -> list[Tensor]:
-        """Return the masters' gradients, now that all micro-batches are done."""
+        """Return the masters' gradients, now that all micro-batches are done.
+
+        Raises:
+            TrainingError: this torch laid its shards out anew, and what is trained is no longer what runs.
+        """
         for master, p in zip(self.masters, self._sharded, strict=False):
+            if p.to_local().data_ptr() != master.data_ptr():
+                raise TrainingError(
+                    "FSDP2 moved its shards after they were taken",
+                    found=f"torch {torch.__version__}",
+                    hint="a newer torch (2.13 keeps them), or DDP",
+                )
             master.grad = None if p.grad is None else p.grad.to_local()
         return [m.grad for m in self.masters if m.grad is not None]
 
@@ -121,7 +136,7 @@ class TrainedWeights:
             with torch.no_grad():
                 torch._foreach_copy_(self._params, self.masters)
             return
-        for p in self._sharded or self.masters:
+        for p in (*self._sharded, *self.masters):  # a shard's gradient is held by both
             p.grad = None
 
     def norm(self, grads: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from unet_surgery.errors import MissingExtraError, TrainingError, UsageError
 __all__ = ["World", "join_world"]
 
 Engine = Literal["single", "ddp", "fsdp2"]
+PATIENCE = timedelta(hours=12)  # the main process may fetch networks, draw or save meanwhile
 T = TypeVar("T")
 
 
@@ -37,11 +39,6 @@ class World:
     def is_main(self) -> bool:
         """True in the process that writes and speaks."""
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier(group=self.host_group)
 
     def on_main(self, act: Callable[[], T]) -> T | None:
         """Let the main process do something that may fail while the others wait; they get None.
@@ -113,7 +110,7 @@ def join_world(environment: Mapping[str, str] = os.environ) -> World:
         ) from error
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
     engine: Engine = "fsdp2" if _is_true(environment, "ACCELERATE_USE_FSDP") else "ddp"
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(state.process_index, state.num_processes, state.device, engine, group)
 
 
