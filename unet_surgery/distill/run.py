@@ -235,4 +235,5 @@ def _finish(run: Run, folders: Folders, state: TrainingState) -> None:
         num_samples=len(run.base.samples),
         metrics=lines,
         samples=pictures[-1].read_bytes() if pictures else None,
+        bad_samples=run.base.bad_samples,
     )
