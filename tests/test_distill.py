@@ -208,6 +208,17 @@ def test_pictures_instead_of_a_cache_give_the_same_losses(whole: Path, places: d
         assert ours == pytest.approx(theirs, rel=1e-2)
 
 
+def test_what_replaced_broken_pictures_is_said_in_the_students_folder(places: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(places["pictures"], tmp_path / "pictures")
+    picture = tmp_path / "pictures" / "003.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    data = {"images": str(tmp_path / "pictures"), "resolution": 16, "max_bad": 0.5}
+    result = distill(RunConfig.from_data(run_data(tmp_path / "run", places["student"], data, steps=3)))
+    assert list(json.loads((result.student / "training.json").read_text())["bad_samples"].values()) == [1]
+
+
 @pytest.mark.parametrize("kind", ["high_resolution", "full"])
 def test_recomputation_changes_nothing(whole: Path, places: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """Also of the features that are compared: a reentrant checkpoint would give them no gradient."""
