@@ -10,7 +10,7 @@ help:
 	@echo "make install     .venv with the tool at .venv/bin/unet-surgery"
 	@echo "make demo        prune the toy teacher with bk_tiny, distil the student, and show both in an HTML page"
 	@echo "make demo-surgery   prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
-	@echo "make ablation    what each term of the loss is good for, on the toy world (an hour)"
+	@echo "make ablation    what each term of the loss is good for, on the toy world, and a longer run (two hours)"
 	@echo "make test        the tests"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
@@ -69,6 +69,7 @@ bench: .venv/.dev
 
 ablation: .venv/.tool
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/longer_run.py
 
 clean:
-	rm -rf .venv $(DEMO) $(DEMO)-surgery local-ablation
+	rm -rf .venv $(DEMO) $(DEMO)-surgery local-ablation local-longer
