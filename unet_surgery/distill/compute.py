@@ -36,8 +36,7 @@ class Inputs:
 class Terms:
     """A micro-batch's loss.
 
-    ``values_K`` are its terms without the run's weights, detached: the loss's ``names``, the pairs', and the pairs'
-    once more, each relative to the micro-batch's ``power_P``.
+    ``values_K`` are its terms without the run's weights, detached: the loss's ``names``, then the pairs'.
     """
 
     total: Tensor
@@ -163,11 +162,10 @@ def compare(
     task = objectives.task(ours[0], target_BCHW, weights_B)
     output = objectives.output_kd(ours[0], theirs[0]) if theirs is not None else none
     total = wanted.task * task + wanted.output_kd * output
-    features_P = relative_P = power_now_P = torch.zeros_like(power_P)
+    features_P = power_now_P = torch.zeros_like(power_P)
     if theirs is not None and ours[1]:
         features_P = objectives.feature_kd(ours[1], theirs[1])
         power_now_P = objectives.mean_squares(theirs[1])
-        relative_P = features_P / power_now_P
         total = total + wanted.feature_kd.weight * (features_P / power_P).sum()
-    values_K = torch.cat([torch.stack([task, output]), features_P, relative_P]).detach()
+    values_K = torch.cat([torch.stack([task, output]), features_P]).detach()
     return Terms(total, values_K, power_now_P)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -68,12 +69,12 @@ class StageTrainer:
         self._stage = stage
         self._compute = compute
         self._pairs = pairs
-        self._names = (*compute.names, *(f"{of}{tap_name(p.student)}" for of in (FEATURE, RELATIVE) for p in pairs))
+        self._names = (*compute.names, *(f"{FEATURE}{tap_name(pair.student)}" for pair in pairs))
         self._update = Update(weights, stage.optimizer, scales_loss=scales_loss)
         self._rate = RateConfig(stage.optimizer.schedule, stage.optimizer.warmup, stage.steps)
         self._normalises = stage.objectives.feature_kd.normalise == "teacher_power" and bool(pairs)
         self._power = objectives.no_power(len(pairs), world.device)
-        zeros = torch.zeros(len(("loss", *self._names, "grad_norm")), device=world.device)
+        zeros = torch.zeros(len(("loss", *self._names, *pairs, "grad_norm")), device=world.device)
         self._sums, self._counts = zeros, zeros.clone()
         self._num_steps = 0
 
@@ -99,9 +100,10 @@ class StageTrainer:
             powers.append(terms.power_P)
         norm = self._update.apply(self.lr(number))
         self.ema.update(number + 1)
+        power_P = torch.stack(powers).mean(0)
         if self._normalises:
-            self._see(torch.stack(powers).mean(0))
-        self._note(torch.cat([torch.stack(losses).mean(0), norm[None]]))
+            self._see(power_P)
+        self._note(torch.cat([torch.stack(losses).mean(0), power_P, norm[None]]))
 
     def _note(self, measured: Tensor) -> None:
         """Add up what is finite; what is not is counted elsewhere, and no mean is of it."""
@@ -124,8 +126,13 @@ class StageTrainer:
         counters = torch.stack([self._update.bad_in_all, self._update.most_in_a_row])
         num_bad, most = (int(value) for value in counters.tolist())
         means = self._world.mean(self._sums) / self._world.mean(self._counts)  # NaN where nothing was finite
-        loss, *terms, norm = means.tolist()
-        result = Measured(self._num_steps, dict(zip(self._names, terms, strict=True)), loss, norm, num_bad, most)
+        loss, *values, norm = means.tolist()
+        terms = dict(zip(self._names, values, strict=False))
+        powers = values[len(self._names) :]
+        for pair, power in zip(self._pairs, powers, strict=True):  # of means: a ratio's mean depends on the micro-batch
+            name = tap_name(pair.student)
+            terms[RELATIVE + name] = terms[FEATURE + name] / power if power else nan
+        result = Measured(self._num_steps, terms, loss, norm, num_bad, most)
         self._sums.zero_()
         self._counts.zero_()
         self._num_steps = 0
