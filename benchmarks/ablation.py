@@ -176,10 +176,11 @@ def key(job: Job, settings: Settings) -> str:
 @cache
 def teacher_digest(name: str) -> str:
     """Return a digest of the teacher's U-Net."""
+    from unet_surgery.checkpoint.check import unet_folder
     from unet_surgery.distill.identity import fingerprint
     from unet_surgery.hub import fetch_teacher, resolve_teacher
 
-    return fingerprint(fetch_teacher(resolve_teacher(name), progress=lambda _done, _all: None).folder)
+    return fingerprint(unet_folder(fetch_teacher(resolve_teacher(name), progress=lambda _done, _all: None).folder))
 
 
 def kept(job: Job, settings: Settings, results: Path) -> dict[str, Any] | None:

@@ -87,6 +87,19 @@ def test_pruned_it_draws_nothing_right(score: ModuleType, tmp_path: Path) -> Non
     assert score.score(score.drawing(unet, parts, steps=12), captions, [0])["all"]["right"] <= 0.1
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_plain_diffusers_draws_with_a_student_of_it(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    """As a card says it: without a dtype too, where transformers 5 would leave the text encoder in half precision."""
+    from diffusers import StableDiffusionPipeline
+
+    student = us.prune("bk_tiny", "toy", tmp_path / "student").folder
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    pipeline = StableDiffusionPipeline.from_pretrained(str(student), **options)
+    pipeline.set_progress_bar_config(disable=True)
+    (picture,) = pipeline("a small red circle at the top on a white background", num_inference_steps=2).images
+    assert picture.size == (32, 32)
+
+
 def test_its_folder_is_used_where_it_lies() -> None:
     found = fetch_teacher(resolve_teacher("toy"), progress=lambda _done, _all: None)
     assert found.folder == bundled_folder("toy")

@@ -91,6 +91,8 @@ def bundle(student: Path, out: Path, max_bytes: int = MAX_BYTES) -> float:
         (out / component).mkdir()
         config = json.loads((student / component / "config.json").read_text("utf-8"))
         config.pop(PRIVATE, None)
+        if component == "text_encoder":  # else transformers 5 loads it as it is stored, and diffusers the rest in fp32
+            config["torch_dtype"] = "float32"
         (out / component / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         tensors = load_file(student / component / file)
         if component == "text_encoder":
