@@ -86,3 +86,11 @@ def test_pictures_that_do_not_become_whole_latents(places: dict[str, Path], tmp_
     config = RunConfig.from_data(run_data(tmp_path / "run", places["student"], data))
     with pytest.raises(UsageError, match="does not fit the VAE"):
         distill(config)
+
+
+def test_a_missing_student_is_called_so_in_a_run_and_on_paper(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", tmp_path / "nowhere", {"cache": str(places["cache"])}, steps=1)
+    config = RunConfig.from_data(data)
+    for act in (distill, dry_run):
+        with pytest.raises(RunError, match="there is no such student yet"):
+            act(config)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler as transformers_scheduler
 
-from unet_surgery.distill.ema import Ema
+from unet_surgery.distill.ema import Ema, caught_up, decay_at
 from unet_surgery.distill.rates import RateConfig, rate
 
 THEIRS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -87,9 +87,17 @@ def test_the_average_is_diffusers(warm_up: bool) -> None:
         theirs.step([param])
         ours.update(step)
         if warm_up:
-            assert ours.decay_at(step) == pytest.approx(theirs.get_decay(step + 1))
+            assert decay_at(step, 0.9, warm_up=warm_up) == pytest.approx(theirs.get_decay(step + 1))
             torch.testing.assert_close(ours.state()["x"], theirs.shadow_params[0])
-    assert ours.decay_at(step) == pytest.approx(theirs.get_decay(step + 1)) == 0.9
+    assert decay_at(step, 0.9, warm_up=warm_up) == pytest.approx(theirs.get_decay(step + 1)) == 0.9
+
+
+def test_caught_up_takes_the_last_steps_in_and_leaves_the_average_alone() -> None:
+    average, weights = {"x": torch.tensor([1.0])}, {"x": torch.tensor([3.0])}
+    options = {"decay": 0.9, "every": 4, "warm_up": False}
+    assert caught_up(average, weights, 8, **options) is average
+    assert caught_up(average, weights, 10, **options)["x"].item() == pytest.approx(0.81 * 1 + 0.19 * 3)
+    assert average["x"].item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

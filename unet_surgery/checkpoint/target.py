@@ -91,5 +91,5 @@ def check_space(folder: Path, num_bytes: int) -> None:
             where=str(folder),
             expected=f"{num_bytes / 1e6:,.1f} MB",
             found=f"{free / 1e6:,.1f} MB free",
-            hint="free some, or write to another disk with --out",
+            hint="free some, or write to another disk (--out; output: in a run file)",
         )

@@ -16,6 +16,7 @@ __all__ = [
     "check_prediction",
     "check_processes",
     "check_teacher",
+    "no_such_student",
     "other_noise",
 ]
 
@@ -177,3 +178,13 @@ def _all_of(value: Any) -> set[Any]:
 
 def _value(unet: Config, key: str) -> Any:
     return unet.get(key, DEFAULTS[key])
+
+
+def no_such_student(name: str) -> RunError:
+    """Return the error that a run and a dry run give where there is no student."""
+    return RunError(
+        "there is no such student yet",
+        where=printable(name),
+        hint="unet-surgery prune makes it; for a dry run a plan is enough: unet-surgery plan --recipe … --json "
+        "> plan.json, and --set student=plan.json",
+    )

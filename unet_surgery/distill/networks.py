@@ -16,7 +16,7 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
-from unet_surgery.distill.fit import check_kind, check_prediction, other_noise
+from unet_surgery.distill.fit import check_kind, check_prediction, no_such_student, other_noise
 from unet_surgery.distill.weights import DTYPES
 from unet_surgery.errors import RunError, TeacherError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
@@ -61,7 +61,13 @@ def find_folders(config: RunConfig, progress: Progress) -> Folders:
         RunError: neither student nor teacher is a whole pipeline, and ``base`` names none.
     """
     names = (config.student, config.base, *(stage.teacher for stage in config.stages))
-    found = {name: _folder(name, progress) for name in dict.fromkeys(names) if name is not None}
+    found = {name: _folder(name, progress) for name in dict.fromkeys(names[1:]) if name is not None}
+    try:
+        found[config.student] = found.get(config.student) or _folder(config.student, progress)
+    except TeacherError as error:
+        if Path(config.student).expanduser().exists():
+            raise
+        raise no_such_student(config.student) from error
     candidates = [config.base] if config.base is not None else [config.student, *(s.teacher for s in config.stages)]
     base = next((found[name] for name in candidates if name is not None and (found[name] / INDEX).is_file()), None)
     if base is None:

@@ -14,6 +14,7 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import CONFIG, PLAN
 from unet_surgery.checkpoint.teacher import open_teacher
 from unet_surgery.distill.config import RunConfig
+from unet_surgery.distill.fit import no_such_student
 from unet_surgery.distill.partcosts import text_encoder_costs, vae_costs, vae_factor
 from unet_surgery.errors import DataError, MissingExtraError, RunError, TeacherError, printable
 from unet_surgery.graph import parse_config
@@ -118,12 +119,7 @@ def read_student(name: str) -> Network:
     except TeacherError as error:
         if path.exists():
             raise
-        raise RunError(
-            "there is no such student yet",
-            where=printable(name),
-            hint="unet-surgery prune makes it; for a dry run a plan is enough: unet-surgery plan --recipe … --json "
-            "> plan.json, and --set student=plan.json",
-        ) from error
+        raise no_such_student(name) from error
     parse_config(found.config)
     return found
 
