@@ -248,9 +248,10 @@ pipeline = DiffusionPipeline.from_pretrained("{teacher}", unet=unet)
             + _fenced("python", swap)
             + "\nUse one dtype for both: pass `torch_dtype` twice."
         )
-    whole = """from diffusers import DiffusionPipeline
+    whole = """import torch
+from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("this/model")
+pipeline = DiffusionPipeline.from_pretrained("this/model", torch_dtype=torch.float32)  # on a GPU: torch.float16
 image = pipeline("a small red house by a lake").images[0]
 """
     return (
