@@ -29,13 +29,8 @@ install: .venv/.tool
 
 dev: .venv/.dev
 
-# A checkout without the toy teacher's weights shows the surgery alone.
 demo: .venv/.tool
-ifneq ($(wildcard unet_surgery/_teachers/toy/unet/*.safetensors),)
 	$(BIN)/python examples/toy_world/demo.py --out $(DEMO)
-else
-	$(MAKE) demo-surgery
-endif
 
 demo-surgery: .venv/.tool
 	$(BIN)/unet-surgery plan --recipe bk_tiny --teacher sd-v1-random

@@ -124,6 +124,19 @@ def _fork() -> Child:
 
 
 def _run_here(arguments: list[str], act: Act | None, report: int) -> NoReturn:
+    codes: list[int] = []
+    while True:  # a signal may arrive at these lines too, and must not bring this child into its parent's code
+        try:
+            if not codes:
+                codes.append(70)
+                codes.append(_run_command(arguments, act, report))
+            sys.stderr.flush()
+            os._exit(codes[-1])
+        except (KeyboardInterrupt, Terminated):
+            codes.append(0)  # too late: the command had returned
+
+
+def _run_command(arguments: list[str], act: Act | None, report: int) -> int:
     code = 70
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -141,9 +154,7 @@ def _run_here(arguments: list[str], act: Act | None, report: int) -> NoReturn:
         if tell is not None:
             os.write(report, tell().encode())
     except (KeyboardInterrupt, Terminated):
-        code = 0  # too late: the command had returned
+        raise
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    return code

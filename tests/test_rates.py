@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler as transformers_scheduler
 
+from unet_surgery.distill.config import EmaConfig
 from unet_surgery.distill.ema import Ema, caught_up, decay_at
 from unet_surgery.distill.rates import RateConfig, rate
 
@@ -94,9 +95,9 @@ def test_the_average_is_diffusers(warm_up: bool) -> None:
 
 def test_caught_up_takes_the_last_steps_in_and_leaves_the_average_alone() -> None:
     average, weights = {"x": torch.tensor([1.0])}, {"x": torch.tensor([3.0])}
-    options = {"decay": 0.9, "every": 4, "warm_up": False}
-    assert caught_up(average, weights, 8, **options) is average
-    assert caught_up(average, weights, 10, **options)["x"].item() == pytest.approx(0.81 * 1 + 0.19 * 3)
+    config = EmaConfig(decay=0.9, every=4, warmup=False)
+    assert caught_up(average, weights, 8, config) is average
+    assert caught_up(average, weights, 10, config)["x"].item() == pytest.approx(0.81 * 1 + 0.19 * 3)
     assert average["x"].item() == 1.0
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from unet_surgery.distill.config import EmaConfig
+
 __all__ = ["Ema", "caught_up", "decay_at"]
 
 
@@ -65,17 +67,14 @@ def caught_up(
     average: Mapping[str, torch.Tensor],
     weights: Mapping[str, torch.Tensor],
     step: int,
-    *,
-    decay: float,
-    every: int,
-    warm_up: bool,
+    config: EmaConfig,
 ) -> Mapping[str, torch.Tensor]:
     """Return an average as it is to be used after ``step``: with the steps since its last update taken in.
 
     The running average is left as it is, so that a run that goes on from here is one that never stopped.
     """
-    rest = step % every
+    rest = step % config.every
     if rest == 0:
         return average
-    left = decay_at(step, decay, warm_up=warm_up) ** rest
+    left = decay_at(step, config.decay, warm_up=config.warmup) ** rest
     return {name: value.lerp(weights[name].to(value.device, value.dtype), 1 - left) for name, value in average.items()}

@@ -28,7 +28,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.data.batches import Batch
 from unet_surgery.distill.batchsearch import largest_fitting
 from unet_surgery.distill.config import RunConfig, Stage
-from unet_surgery.distill.dealing import micro_batch_sizes
+from unet_surgery.distill.dealing import deal, micro_batch_sizes
 from unet_surgery.distill.fit import check_processes
 from unet_surgery.distill.flopuse import FlopUse, flop_use
 from unet_surgery.distill.kernels import kernels
@@ -36,7 +36,7 @@ from unet_surgery.distill.networks import find_folders
 from unet_surgery.distill.setup import Base, open_base, set_up
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.world import World, join_world
-from unet_surgery.errors import RunError, TrainingError, UsageError, printable
+from unet_surgery.errors import TrainingError, UsageError, printable
 
 __all__ = ["MEMORY_SHARE", "Found", "Trial", "available_bytes", "find_batch"]
 
@@ -109,14 +109,10 @@ def find_batch(
                 hint=f"run without accelerate launch: distill RUN.yaml --find-batch --processes {world.size}",
             )
         check_processes(config, num_processes)
+        any_size = config.model_copy(update={"micro_batch": None})
+        for stage in config.stages:
+            deal(any_size, stage, num_processes)  # refuses a batch that the processes do not divide
         sizes = micro_batch_sizes(config, num_processes)
-        if not sizes:
-            raise RunError(
-                "the batch cannot be dealt out evenly",
-                expected="batches that the processes divide",
-                found=", ".join(f"{stage.batch} in stage {stage.name}" for stage in config.stages),
-                hint=f"a multiple of {num_processes}",
-            )
         with kernels(config.speed):
             search, stage = _search(config, world, limit, on_trial, on_bytes)
             found = largest_fitting(sizes, search.fits)

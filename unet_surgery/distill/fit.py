@@ -31,6 +31,7 @@ NOISE: Mapping[str, Any] = {
 }
 """The keys of a scheduler's config that say its noise, and what they are where they are missing."""
 SHIPPED = "the finished student ships its own scheduler: make it that of the run's base:, or leave base: out"
+ITS_BASE = "name the pipeline that the U-Net belongs to under base:"
 
 Config = Mapping[str, Any]
 
@@ -91,7 +92,7 @@ def check_parts(unet: Config, where: str, *, text_width: int | None, latent_chan
             where=f"{where}, cross_attention_dim",
             expected=printable(wanted),
             found=f"hidden_size {printable(text_width)}",
-            hint="name the pipeline that the U-Net belongs to under base:",
+            hint=ITS_BASE,
         )
     channels = _value(unet, "in_channels")
     if latent_channels is not None and latent_channels != channels:
@@ -100,7 +101,7 @@ def check_parts(unet: Config, where: str, *, text_width: int | None, latent_chan
             where=f"{where}, in_channels",
             expected=printable(channels),
             found=f"latents of {printable(latent_channels)} channels",
-            hint="name the pipeline that the U-Net belongs to under base:",
+            hint=ITS_BASE,
         )
 
 
@@ -166,6 +167,16 @@ def other_noise(theirs: Config, ours: Config, who: str, where: str) -> RunError:
     )
 
 
+def no_such_student(name: str) -> RunError:
+    """Return the error that a run and a dry run give where there is no student."""
+    return RunError(
+        "there is no such student yet",
+        where=printable(name),
+        hint="unet-surgery prune makes it; for a dry run a plan is enough: unet-surgery plan --recipe … --json "
+        "> plan.json, and --set student=plan.json",
+    )
+
+
 def _prediction_type(scheduler: Config) -> str:
     """Return what a pipeline's network predicts."""
     return str(scheduler.get("prediction_type", "epsilon"))
@@ -178,13 +189,3 @@ def _all_of(value: Any) -> set[Any]:
 
 def _value(unet: Config, key: str) -> Any:
     return unet.get(key, DEFAULTS[key])
-
-
-def no_such_student(name: str) -> RunError:
-    """Return the error that a run and a dry run give where there is no student."""
-    return RunError(
-        "there is no such student yet",
-        where=printable(name),
-        hint="unet-surgery prune makes it; for a dry run a plan is enough: unet-surgery plan --recipe … --json "
-        "> plan.json, and --set student=plan.json",
-    )

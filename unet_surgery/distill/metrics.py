@@ -123,11 +123,17 @@ def _end_of(fd: int, step: int) -> int:
 
 
 def _is_kept(line: bytes, step: int) -> bool:
+    found = _step_of(line)
+    return found is not None and found <= step
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step that a line is of, None where it is none of ours."""
     try:
         found = parse_object(line).get("step")
     except ValueError:
-        return False
-    return type(found) is int and found <= step
+        return None
+    return found if type(found) is int else None
 
 
 def _finite(value: Value) -> Value:
@@ -151,10 +157,5 @@ def last_step(run: Path) -> int:
         lines = (run / METRICS).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return 0
-    for line in reversed(lines):
-        if line.endswith(b"\n"):
-            with contextlib.suppress(ValueError):
-                step = parse_object(line).get("step")
-                if type(step) is int:
-                    return step
-    return 0
+    steps = (_step_of(line) for line in reversed(lines) if line.endswith(b"\n"))
+    return next((step for step in steps if step is not None), 0)

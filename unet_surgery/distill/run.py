@@ -221,10 +221,8 @@ def _refuse_earlier(state: TrainingState, place: Place) -> None:
 
 def _finish(run: Run, folders: Folders, state: TrainingState) -> None:
     """Write the finished student, with the averaged weights."""
-    ema, steps = run.config.ema, run.config.stages[-1].steps
-    average = caught_up(
-        state.tensors["ema"], state.tensors["weights"], steps, decay=ema.decay, every=ema.every, warm_up=ema.warmup
-    )
+    steps = run.config.stages[-1].steps
+    average = caught_up(state.tensors["ema"], state.tensors["weights"], steps, run.config.ema)
     lines = [json.loads(line) for line in (run.folder / METRICS).read_text("utf-8").splitlines()]
     pictures = sorted((run.folder / PICTURES).glob("step-*.png"))
     write_trained(

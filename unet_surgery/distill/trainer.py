@@ -65,6 +65,7 @@ class StageTrainer:
         self.ema = Ema(
             dict(zip(weights.names, weights.masters, strict=True)), ema.decay, every=ema.every, warm_up=ema.warmup
         )
+        self._ema_config = ema
         self._world = world
         self._stage = stage
         self._compute = compute
@@ -100,10 +101,10 @@ class StageTrainer:
             powers.append(terms.power_P)
         norm = self._update.apply(self.lr(number))
         self.ema.update(number + 1)
-        power_P = torch.stack(powers).mean(0)
+        seen_P = torch.stack(powers).mean(0)
         if self._normalises:
-            self._see(power_P)
-        self._note(torch.cat([torch.stack(losses).mean(0), power_P, norm[None]]))
+            self._see(seen_P)
+        self._note(torch.cat([torch.stack(losses).mean(0), seen_P, norm[None]]))
 
     def _note(self, measured: Tensor) -> None:
         """Add up what is finite; what is not is counted elsewhere, and no mean is of it."""
@@ -159,9 +160,7 @@ class StageTrainer:
         """
         weights = self._kept(self.weights.whole(self.weights.masters))
         average = self._kept(self.weights.whole(list(self.ema.state().values())))
-        ema = self.ema
-        ended = caught_up(average, weights, number, decay=ema.decay, every=ema.every, warm_up=ema.warm_up)
-        columns = {"student": weights, "average": ended}
+        columns = {"student": weights, "average": caught_up(average, weights, number, self._ema_config)}
         teacher = self._compute.teacher
         drawn = None if teacher is None else (_unet_of(teacher), self._compute.teacher_predicts)
         self._world.on_main(lambda: gallery.draw(step, self.unet_config, columns, drawn, stage_number))

@@ -35,7 +35,7 @@ class TrainedWeights:
     def __init__(self, module: nn.Module, dtype: torch.dtype, world: World) -> None:
         self._world = world
         self._sharded: list[Any] = []
-        self._is_rounded = False
+        self._is_rounded = self._is_checked = False
         self.run: nn.Module = module
         named = [(name.removeprefix(PREFIX), p) for name, p in module.named_parameters()]
         self.names = [name for name, _ in named]
@@ -120,6 +120,15 @@ class TrainedWeights:
         Raises:
             TrainingError: this torch laid its shards out anew, and what is trained is no longer what runs.
         """
+        if not self._is_checked:
+            self._check_shards()
+        for master, p in zip(self.masters, self._sharded, strict=False):
+            master.grad = None if p.grad is None else p.grad.to_local()
+        return [m.grad for m in self.masters if m.grad is not None]
+
+    def _check_shards(self) -> None:
+        """Once, after the first backward: that the masters are still the memory which FSDP2 runs with."""
+        self._is_checked = True
         for master, p in zip(self.masters, self._sharded, strict=False):
             if p.to_local().data_ptr() != master.data_ptr():
                 raise TrainingError(
@@ -127,8 +136,6 @@ class TrainedWeights:
                     found=f"torch {torch.__version__}",
                     hint="a newer torch (2.13 keeps them), or DDP",
                 )
-            master.grad = None if p.grad is None else p.grad.to_local()
-        return [m.grad for m in self.masters if m.grad is not None]
 
     def spread(self) -> None:
         """Round the masters into the module's weights, and forget the gradients."""
