@@ -15,10 +15,8 @@ from step_parts import Clock, Watched
 from torch import Tensor, nn
 from training_sizes import Size, make_parts, make_unets, random_ids, random_moments, random_pictures
 
-from unet_surgery.data.batches import Batches, TrainingSet, prepared
-from unet_surgery.data.keyed import KeyedNoise
+from unet_surgery.data.batches import TrainingSet, prepared
 from unet_surgery.data.memory import MomentsInMemory
-from unet_surgery.data.order import Order
 from unet_surgery.distill import setup
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.diffusion import NoiseSchedule
@@ -96,8 +94,7 @@ class OurLoop:
         self.world = World(0, 1, device, "single")
         self.base = _base(size, device, choices)
         self.trainer = _trainer(size, self.base, self.world, batch, choices)
-        data = Batches(self.base.samples, Order(len(self.base.samples), 0), KeyedNoise(0), self.base.latent_shape)
-        self.batches: Any = prepared(data, itertools.count(0, micro_batch), micro_batch, device)
+        self.batches: Any = prepared(self.base.batches(0), itertools.count(0, micro_batch), micro_batch, device)
         self.number = 0
 
     def step(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,22 @@ def unet_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A U-Net folder with random weights for every small config."""
     root = tmp_path_factory.mktemp("unets")
     return {name: write_unet(root / name, config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pruned student, pictures and their latent cache: for reading only."""
+    from training import make_places
+
+    return make_places(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks are slower with more; and the last bits depend on how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

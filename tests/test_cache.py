@@ -127,7 +127,7 @@ def test_it_holds_the_moments_of_every_good_picture(whole: Path, pictures: Path,
         assert latents.id(place) == f"{number:03d}.png"
         assert torch.equal(ids[place], tokenize(parts.tokenizer, [f"picture number {number}"])[0])
     assert torch.equal(latents.empty_ids(), tokenize(parts.tokenizer, [""])[0])
-    assert latents.scaling_factor == parts.vae.config.scaling_factor
+    assert latents.facts.settings.scaling_factor == parts.vae.config.scaling_factor
 
 
 def test_the_batch_changes_rounding_only(pictures: Path, whole: Path, tmp_path: Path, same_parts: None) -> None:

@@ -36,16 +36,10 @@ from unet_surgery.distill.setup import open_base, set_up
 from unet_surgery.distill.world import join_world
 from unet_surgery.errors import RunError, TeacherError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUNS = ROOT / "examples" / "runs"
 EXAMPLES = sorted(path.name for path in RUNS.glob("*.yaml") if not path.name.startswith("toy"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,25 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from training import command, environment, make_places, metrics, run_command, run_data, write_run
+from training import command, environment, metrics, run_command, run_data, write_run
 
 import unet_surgery as us
 from unet_surgery.distill import RunConfig, distill
 from unet_surgery.distill.state import load_state, state_folders
 from unet_surgery.errors import OutputBusyError, RunError, TrainingError, VerificationError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_places(tmp_path_factory.mktemp("training"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SPARSE: dict[str, Any] = {
@@ -499,7 +488,7 @@ def distilled_from() -> Path:
 def test_a_rolled_back_run_keeps_its_noise_when_resumed(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unet_surgery.distill import loop as module
+    from unet_surgery.distill import setup as module
     from unet_surgery.distill.state import save_state
 
     data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=1)
@@ -508,7 +497,7 @@ def test_a_rolled_back_run_keeps_its_noise_when_resumed(
     save_state(tmp_path / "run", replace(state, facts={**state.facts, "roll_backs": 2}))
     salts = []
     keyed = module.KeyedNoise
-    monkeypatch.setattr(module, "KeyedNoise", lambda seed, salt: salts.append(salt) or keyed(seed, salt))
+    monkeypatch.setattr(module, "KeyedNoise", lambda seed, salt=0: salts.append(salt) or keyed(seed, salt))
     distill(RunConfig.from_data({**data, "steps": 2}))
     assert set(salts) == {2}
     assert load_state(state_folders(tmp_path / "run")[-1]).facts["roll_backs"] == 2

@@ -9,35 +9,23 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training import environment, make_places, metrics, run_data, write_run
+from training import environment, metrics, run_data, write_run
 
 from unet_surgery.distill import RunConfig, distill
 from unet_surgery.distill.state import load_state, state_folders
 from unet_surgery.distill.world import join_world
 from unet_surgery.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 20
 LR = 5e-5
 ENGINES = {"ddp": ["--cpu"], "fsdp2": ["--use_fsdp", "--fsdp_version", "2"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_places(tmp_path_factory.mktemp("training"))
 
 
 def steady(out: Path, places: dict[str, Path], **changes: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from score import captions_of, drawing, load_pipeline, tally
 
 import unet_surgery as us
 from unet_surgery.distill import Progress, RunConfig, distill, load_run
+from unet_surgery.distill.metrics import sum_of_features
 from unet_surgery.errors import SurgeryError
 from unet_surgery.sample.page import Accuracy, Curve, Curves, Pictures, Prose, Section, Share, Table, page
 from unet_surgery.toyworld.checker import judge
@@ -293,12 +294,8 @@ def _shown(captions: Sequence[str]) -> list[int]:
 
 def _curve(name: str, trained: Trained, term: str, tone: int) -> Curve:
     """Return a term over the steps; "" is the sum of all features."""
-    values = [line[term] if term else _features(line) for line in trained.metrics]
+    values = [line[term] if term else sum_of_features(line) for line in trained.metrics]
     return Curve(name, [line["step"] for line in trained.metrics], values, tone)
-
-
-def _features(line: dict[str, Any]) -> float:
-    return float(sum(value for key, value in line.items() if key.startswith("feature/")))
 
 
 def _table(done: Demo) -> Table:

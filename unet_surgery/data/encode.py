@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unet_surgery.errors import UsageError
+from unet_surgery.runtime.parts import pixels_per_latent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,7 @@ def in_half(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_resolution(vae: Any, resolution: int) -> None:
     """Raise UsageError if pictures of this size do not become whole latents."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pixels_per_latent(vae)
     if resolution < factor or resolution % factor:
         raise UsageError(
             "the resolution does not fit the VAE", expected=f"a multiple of {factor}", found=str(resolution)

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CacheReport", "LatentCache", "check_cache"]
 
-BLOCK_BYTES = 8 << 20
-
 
 class LatentCache:
     """The samples of a cache. With flipped pictures it is twice as long: the second half is the first, flipped.
@@ -56,11 +54,6 @@ class LatentCache:
         content = [settings.moments_shape, settings.flip, self.facts.empty_ids]
         content += [shard.sha256 for shard in self.facts.shards.values()]
         self.fingerprint = hashlib.sha256(repr(content).encode()).hexdigest()
-
-    @property
-    def scaling_factor(self) -> float:
-        """What a latent is multiplied by."""
-        return self.facts.settings.scaling_factor
 
     def __len__(self) -> int:
         return self.facts.count * (1 + self.facts.settings.flip)
@@ -139,11 +132,8 @@ def check_cache(folder: str | Path, *, progress: Callable[[int, int], None] | No
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_model(facts: CacheFacts, pipeline: Path, folder: Path) -> None:

@@ -22,7 +22,7 @@ from unet_surgery.data.pictures import decode_picture
 from unet_surgery.data.reasons import BadSampleError
 from unet_surgery.data.sources import Source
 from unet_surgery.errors import UsageError, printable
-from unet_surgery.runtime.parts import Parts, load_parts, tokenize
+from unet_surgery.runtime.parts import Parts, load_parts, pixels_per_latent, tokenize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ class Encoder:
     def moments_shape(self, resolution: int) -> tuple[int, int, int]:
         """Return [2C, h, w] of pictures of this size."""
         config = self.parts.vae.config
-        side = resolution // 2 ** (len(config.block_out_channels) - 1)
+        side = resolution // pixels_per_latent(self.parts.vae)
         return 2 * config.latent_channels, side, side
 
     def decoded(self, indices: Sequence[int], source: Source, resolution: int) -> Iterator[Sample | BadSample]:

@@ -63,21 +63,5 @@ class Ema:
                     shadow.lerp_(param.float(), weight)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return name → average, fp32: the shadow itself, which the next update changes."""
+        """Return name → average, fp32: the shadow itself, which the next update changes and a resume fills."""
         return dict(zip(self._names, self._shadow, strict=True))
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over the averages that :meth:`state` returned, bit for bit.
-
-        Raises:
-            ValueError: names, shapes or dtypes are others.
-        """
-        if state.keys() != set(self._names):
-            odd = sorted(state.keys() ^ set(self._names))
-            raise ValueError(f"the average is of other tensors: {len(odd)} differ, among them {odd[0]}")
-        for name, shadow in zip(self._names, self._shadow, strict=True):
-            if state[name].shape != shadow.shape or state[name].dtype != torch.float32:
-                raise ValueError(f"{name}: {tuple(state[name].shape)} {state[name].dtype}, not {tuple(shadow.shape)}")
-        with torch.no_grad():
-            for name, shadow in zip(self._names, self._shadow, strict=True):
-                shadow.copy_(state[name])

@@ -24,9 +24,7 @@ from pathlib import Path
 import torch
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.data.batches import Batch, Batches
-from unet_surgery.data.keyed import KeyedNoise
-from unet_surgery.data.order import Order
+from unet_surgery.data.batches import Batch
 from unet_surgery.distill.batchsearch import largest_fitting
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.dealing import micro_batch_sizes
@@ -169,13 +167,7 @@ class _Search:
         self.limit = limit
         self.trials: list[Trial] = []
         self._trainer, self._device, self._use, self._on_trial = trainer, world.device, use, on_trial
-        self._batches = Batches(
-            base.samples,
-            Order(len(base.samples), config.seed),
-            KeyedNoise(config.seed),
-            base.latent_shape,
-            stage.noise.caption_drop,
-        )
+        self._batches = base.batches(config.seed, caption_drop=stage.noise.caption_drop)
         self._empty_bytes = _resident_bytes()
 
     def fits(self, size: int) -> bool:

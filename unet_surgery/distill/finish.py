@@ -25,6 +25,7 @@ from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.checkpoint.teacher import is_hub_id
 from unet_surgery.distill.config import RunConfig, Stage
+from unet_surgery.distill.metrics import sum_of_features
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
 from unet_surgery.errors import OutputError
@@ -169,16 +170,12 @@ def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:
     return stage.name, stage.steps, stage.batch, teacher or "none", rate, " + ".join(terms)
 
 
-def _features(line: Mapping[str, Any]) -> float:
-    return float(sum(value for key, value in line.items() if key.startswith("feature/")))
-
-
 def _loss_rows(metrics: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:
     """Return the loss at some steps: the first and last that were logged, and some between."""
     count = min(NUM_ROWS, len(metrics))
     chosen = [metrics[round(i * (len(metrics) - 1) / max(count - 1, 1))] for i in range(count)]
     return tuple(
-        (f"{m['step']:,}", *(f"{m[key]:.4g}" for key in ("loss", "task", "output_kd")), f"{_features(m):.4g}")
+        (f"{m['step']:,}", *(f"{m[key]:.4g}" for key in ("loss", "task", "output_kd")), f"{sum_of_features(m):.4g}")
         for m in chosen
     )
 
@@ -188,6 +185,6 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     rows = {
         "task": [m["task"] for m in metrics],
         "output": [m["output_kd"] for m in metrics],
-        "features, summed": [_features(m) for m in metrics],
+        "features, summed": [sum_of_features(m) for m in metrics],
     }
     return [Curve(name, steps, values) for name, values in rows.items() if any(value > 0 for value in values)]

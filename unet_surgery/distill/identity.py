@@ -15,7 +15,7 @@ from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.networks import Folders
 from unet_surgery.errors import RunError, printable
 
-__all__ = ["breaking_changes", "fingerprint", "identity", "refuse_changes"]
+__all__ = ["breaking_changes", "fingerprint", "flat", "identity", "refuse_changes"]
 
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 64 << 10
@@ -72,7 +72,7 @@ def _of_file(path: Path) -> str | None:
 
 def breaking_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the keys of two resolved runs that differ where a resume would be another run: key → (before, after)."""
-    old, new = _flat(_pinned(before)), _flat(_pinned(after))
+    old, new = flat(_pinned(before)), flat(_pinned(after))
     missing = "(absent)"
     return {
         key: (old.get(key, missing), new.get(key, missing))
@@ -115,9 +115,10 @@ def _pinned(run: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "stages": stages}
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested data as dotted keys; only lists that hold no mappings remain lists."""
     if isinstance(data, dict):
-        return {k: v for name, value in data.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+        return {k: v for name, value in data.items() for k, v in flat(value, f"{prefix}{name}.").items()}
     if isinstance(data, list) and any(isinstance(item, dict) for item in data):
-        return {k: v for i, item in enumerate(data) for k, v in _flat(item, f"{prefix}{i}.").items()}
+        return {k: v for i, item in enumerate(data) for k, v in flat(item, f"{prefix}{i}.").items()}
     return {prefix.removesuffix("."): data}

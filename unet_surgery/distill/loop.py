@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from unet_surgery.checkpoint import disk
-from unet_surgery.data.batches import Batch, Batches, prepared
-from unet_surgery.data.keyed import KeyedNoise
-from unet_surgery.data.order import Order
+from unet_surgery.data.batches import Batch, prepared
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.dealing import deal
 from unet_surgery.distill.flopuse import FlopUse
@@ -152,14 +150,8 @@ def train(run: Run, place: Place, trainer: StageTrainer, done: int) -> TrainingS
 
 def _batches(run: Run, place: Place, done: int, size: int, count: int) -> Generator[Batch]:
     """Return this process's micro-batches of a stage, from the step that follows ``done`` finished ones."""
-    stage, world, seed = run.config.stages[place.number], run.world, run.config.seed
-    batches = Batches(
-        run.base.samples,
-        Order(len(run.base.samples), seed, run.roll_backs),
-        KeyedNoise(seed, run.roll_backs),
-        run.base.latent_shape,
-        stage.noise.caption_drop,
-    )
+    stage, world = run.config.stages[place.number], run.world
+    batches = run.base.batches(run.config.seed, attempt=run.roll_backs, caption_drop=stage.noise.caption_drop)
     starts = (
         place.first_sample + number * stage.batch + (i * world.size + world.rank) * size
         for number in range(done, stage.steps)

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import parse_object
 from unet_surgery.errors import OutputError
 
-__all__ = ["METRICS", "Metrics"]
+__all__ = ["FEATURE", "METRICS", "Metrics", "sum_of_features"]
 
 METRICS = "metrics.jsonl"
+FEATURE = "feature/"
+"""What the names of feature terms begin with; the student's tap follows."""
 
 Value = float | int | str | bool | None
 
@@ -127,3 +130,8 @@ def _is_kept(line: bytes, step: int) -> bool:
 
 def _finite(value: Value) -> Value:
     return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def sum_of_features(line: Mapping[str, Any]) -> float:
+    """Return the sum of a line's feature terms, unweighted."""
+    return float(sum(value for key, value in line.items() if key.startswith(FEATURE)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from unet_surgery.checkpoint.check import read_plan, unet_folder
 from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
@@ -97,7 +97,7 @@ def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
         path = unet_folder(folder) / "config.json"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            unet = UNet2DConditionModel.from_config(json.loads(path.read_text("utf-8")))
+            unet = UNet2DConditionModel.from_config(read_object(path))
     else:
         unet = load_unet(folder)
     other = {key: unet.config[key] for key in CONDITIONS if unet.config.get(key) is not None}
@@ -119,7 +119,7 @@ def load_teacher(folder: Path, base: Path, speed: Speed, device: torch.device) -
     """
     theirs, ours = folder / SCHEDULER, base / SCHEDULER
     if theirs.is_file() and ours.is_file():
-        kinds = [json.loads(p.read_text("utf-8")).get("prediction_type", "epsilon") for p in (theirs, ours)]
+        kinds = [read_object(p).get("prediction_type", "epsilon") for p in (theirs, ours)]
         if kinds[0] != kinds[1]:
             raise RunError(
                 "teacher and student predict different things", where=str(theirs), expected=kinds[1], found=kinds[0]

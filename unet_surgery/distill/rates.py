@@ -15,7 +15,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 class RateConfig:
     """How the learning rate goes: up from 0 over ``warmup_steps``, then as ``schedule`` says until ``num_steps``.
 
-    ``floor`` is the share of the rate that ``linear`` and ``cosine`` end at and keep afterwards.
+    ``linear`` and ``cosine`` end at 0, and stay there.
 
     Raises:
         ValueError: a schedule that is not known, or numbers that make none.
@@ -24,13 +24,12 @@ class RateConfig:
     schedule: Schedule = "constant"
     warmup_steps: int = 0
     num_steps: int = 0
-    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"no schedule is called {self.schedule!r}; there are {', '.join(get_args(Schedule))}")
-        if self.warmup_steps < 0 or not 0 <= self.floor <= 1:
-            raise ValueError("warmup_steps must not be negative, and floor lies between 0 and 1")
+        if self.warmup_steps < 0:
+            raise ValueError("warmup_steps must not be negative")
         if self.schedule != "constant" and self.num_steps <= self.warmup_steps:
             raise ValueError(f"the warm-up ({self.warmup_steps}) takes all of the {self.num_steps} steps")
 
@@ -45,5 +44,4 @@ def rate(step: int, config: RateConfig) -> float:
     if config.schedule == "constant":
         return 1.0
     done = min((step - config.warmup_steps) / (config.num_steps - config.warmup_steps), 1.0)
-    left = 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + cos(pi * done))
-    return config.floor + (1.0 - config.floor) * left
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + cos(pi * done))

@@ -33,7 +33,7 @@ from unet_surgery.distill.weights import DTYPES, TrainedWeights
 from unet_surgery.distill.world import World
 from unet_surgery.errors import RunError
 from unet_surgery.lower.features import FeaturePair, Tap
-from unet_surgery.runtime.parts import Parts
+from unet_surgery.runtime.parts import Parts, pixels_per_latent
 from unet_surgery.runtime.taps import Tapped, tap_name, trace_taps_under_checkpointing
 
 __all__ = ["Base", "latent_shape", "open_base", "set_up"]
@@ -52,6 +52,11 @@ class Base:
     samples: TrainingSet
     latent_shape: tuple[int, int, int]
     """C, H, W."""
+
+    def batches(self, seed: int, *, attempt: int = 0, caption_drop: float = 0.0) -> Batches:
+        """Return the samples of a run by position; each ``attempt`` has noise and an order of its own."""
+        order = Order(len(self.samples), seed, attempt)
+        return Batches(self.samples, order, KeyedNoise(seed, attempt), self.latent_shape, caption_drop)
 
 
 def open_base(config: RunConfig, folders: Folders, world: World) -> Base:
@@ -92,7 +97,7 @@ def latent_shape(samples: TrainingSet, parts: Parts) -> tuple[int, int, int]:
     _, channels, height, width = images.shape
     if samples.latents == "moments":
         return channels // 2, height, width
-    shrink = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    shrink = pixels_per_latent(parts.vae)
     return parts.vae.config.latent_channels, height // shrink, width // shrink
 
 
@@ -192,7 +197,7 @@ def _similar(
     The student has the weights that it was pruned with: in a resumed run or a later stage, those of the beginning.
     """
     device, dtype = next(teacher.parameters()).device, next(teacher.parameters()).dtype
-    batches = Batches(base.samples, Order(len(base.samples), config.seed), KeyedNoise(config.seed), base.latent_shape)
+    batches = base.batches(config.seed)
     inputs = [prepare(batches.at(i * CALIBRATION, CALIBRATION).to(device)) for i in range(CALIBRATION_BATCHES)]
     rounded = nn.Module.to(copy.deepcopy(student), dtype)
     found = match_layers(rounded, teacher, [(i.noisy_BCHW, i.timesteps_B, i.prompt_embeds_BTD) for i in inputs])

@@ -11,6 +11,7 @@ from typing import Any
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import RunConfig
+from unet_surgery.distill.identity import flat
 from unet_surgery.errors import MissingExtraError, printable
 
 __all__ = ["Trackers"]
@@ -48,7 +49,9 @@ class Trackers:
                 found=printable(str(error)),
                 hint=f"pip install accelerate {name}, or leave it out: metrics.jsonl has everything",
             ) from error
-        tracker.store_init_configuration(_flat(self._config.model_dump(mode="json")))
+        tracker.store_init_configuration(
+            {key: _plain(value) for key, value in flat(self._config.model_dump(mode="json")).items()}
+        )
         return tracker
 
     def _options(self, name: str) -> dict[str, Any]:
@@ -79,11 +82,6 @@ def _own_id(folder: Path) -> str:
     return path.read_text("ascii")
 
 
-def _flat(data: Any, prefix: str = "") -> dict[str, str | float | bool]:
-    """Return nested data as dotted keys and plain values, which is all that trackers store."""
-    if isinstance(data, dict):
-        return {k: v for name, value in data.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
-    if isinstance(data, list) and any(isinstance(item, dict) for item in data):
-        return {k: v for i, item in enumerate(data) for k, v in _flat(item, f"{prefix}{i}.").items()}
-    is_plain = isinstance(data, (str, int, float, bool))
-    return {prefix.removesuffix("."): data if is_plain else json.dumps(data)}
+def _plain(value: Any) -> str | float | bool:
+    """Return a value as trackers store it: a list or nothing becomes JSON."""
+    return value if isinstance(value, (str, int, float, bool)) else json.dumps(value)

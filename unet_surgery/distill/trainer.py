@@ -18,6 +18,7 @@ from unet_surgery.distill.compute import Compute
 from unet_surgery.distill.config import EmaConfig, Stage
 from unet_surgery.distill.ema import Ema
 from unet_surgery.distill.gallery import Gallery
+from unet_surgery.distill.metrics import FEATURE
 from unet_surgery.distill.rates import RateConfig, rate
 from unet_surgery.distill.update import Update
 from unet_surgery.distill.weights import TrainedWeights
@@ -66,7 +67,7 @@ class StageTrainer:
         self._stage = stage
         self._compute = compute
         self._pairs = pairs
-        self._names = ("task", "output_kd", *(f"feature/{tap_name(pair.student)}" for pair in pairs))
+        self._names = ("task", "output_kd", *(f"{FEATURE}{tap_name(pair.student)}" for pair in pairs))
         self._update = Update(weights, stage.optimizer, scales_loss=scales_loss)
         self._rate = RateConfig(stage.optimizer.schedule, stage.optimizer.warmup, stage.steps)
         self._normalises = stage.objectives.feature_kd.normalise == "teacher_power" and bool(pairs)

@@ -102,7 +102,7 @@ def join_world(environment: Mapping[str, str] = os.environ) -> World:
     """
     _refuse_engines(environment)
     size = int(environment.get("WORLD_SIZE", "1"))
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = _is_true(environment, "ACCELERATE_USE_CPU")
     if size == 1:
         return World(0, 1, _device(on_cpu=on_cpu), "single")
     try:

@@ -19,7 +19,7 @@ from unet_surgery.data.prompts import PromptSet
 from unet_surgery.errors import UsageError
 from unet_surgery.evaluate.drawers import DTYPES, Drawer
 from unet_surgery.evaluate.request import GenerateRequest, Protocol
-from unet_surgery.runtime.parts import encode_prompts
+from unet_surgery.runtime.parts import encode_prompts, pixels_per_latent
 from unet_surgery.sample.draw import Sampling, check_unet, draw_batch, latent_sides
 from unet_surgery.sample.schedulers import draws_noise, make_scheduler
 from unet_surgery.sample.start import Source, generators, one_stream
@@ -54,7 +54,7 @@ class Job:
         vae = drawer.parts.vae
         check_unet(drawer.unet.config, drawer.parts, masks=given[1] is not None)
         height, width = latent_sides(drawer.unet.config, vae, protocol.size)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = pixels_per_latent(vae)
         if given[0] is not None and height != width:
             raise UsageError("pictures to start from become squares", hint="give one --size")
         scheduler = make_scheduler(drawer.parts.scheduler_config, protocol.scheduler)

@@ -25,7 +25,7 @@ from unet_surgery.errors import MissingExtraError, TeacherError, VerificationErr
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Parts", "encode_prompts", "load_parts", "tokenize"]
+__all__ = ["Parts", "encode_prompts", "load_parts", "pixels_per_latent", "tokenize"]
 
 KINDS = {
     "text_encoder": ("CLIPTextModel",),
@@ -83,6 +83,11 @@ def load_parts(
             model.to(device=device, dtype=model_dtype).eval().requires_grad_(False)
     _check_words(tokenizer, text_encoder, root)
     return Parts(tokenizer, text_encoder, vae, scheduler_config, root)
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Return how many pixels of a side one latent of ``vae`` stands for: 8 in SD."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:

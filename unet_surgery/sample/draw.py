@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from unet_surgery.errors import UsageError, VerificationError
-from unet_surgery.runtime.parts import Parts, encode_prompts
+from unet_surgery.runtime.parts import Parts, encode_prompts, pixels_per_latent
 from unet_surgery.sample.schedulers import SCHEDULERS, SchedulerKind, make_scheduler
 from unet_surgery.sample.start import Source, Start, generators, start_from, start_noise
 
@@ -89,7 +89,7 @@ def sample(
     check_unet(config, parts)
     height, width = latent_sides(config, parts.vae, size)
     shape_CHW = (parts.vae.config.latent_channels, height, width)
-    factor = _factor(parts.vae)
+    factor = pixels_per_latent(parts.vae)
     pictures = np.empty((len(prompts), height * factor, width * factor, 3), dtype=np.uint8)
     with torch.no_grad(), _evaluating(unet), _precision(unet, dtype):
         uncond_1TD = encode_prompts(parts, [negative]) if guidance > 1 else None
@@ -211,18 +211,13 @@ def _precision(unet: torch.nn.Module, dtype: torch.dtype | None) -> contextlib.A
     return context
 
 
-def _factor(vae: Any) -> int:
-    """Return how many pixels of a side one latent stands for."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
 def latent_sides(config: Any, vae: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Return height and width of the latents of pictures of ``size``, a side or (height, width) in pixels.
 
     Raises:
         UsageError: there are none, or ``size`` is None and the U-Net's config does not say what it was trained at.
     """
-    factor = _factor(vae)
+    factor = pixels_per_latent(vae)
     if size is None:
         if config.sample_size is None:
             raise UsageError("the U-Net's config has no sample_size", hint="give the pictures' size in pixels")
