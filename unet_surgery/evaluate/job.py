@@ -109,7 +109,8 @@ class Job:
     def sampling(self, drawer: Drawer) -> Sampling:
         protocol = self.protocol
         uncond_1TD = encode_prompts(drawer.parts, [self.request.negative]) if protocol.guidance > 1 else None
-        return Sampling(protocol.steps, protocol.guidance, protocol.scheduler, self.shape_CHW, uncond_1TD)
+        scheduler = make_scheduler(drawer.parts.scheduler_config, protocol.scheduler)
+        return Sampling(protocol.steps, protocol.guidance, scheduler, self.shape_CHW, uncond_1TD)
 
     def draw(
         self, drawer: Drawer, how: Sampling, block: Sequence[int], noise: Sequence[torch.Generator] | torch.Tensor

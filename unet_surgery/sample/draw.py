@@ -42,12 +42,13 @@ __all__ = [
 class Sampling:
     """How pictures are drawn: what ``sample`` says of these arguments; (C, H, W) is the shape of a picture's latents.
 
-    ``uncond_1TD`` is the embedding of the negative prompt, None without guidance.
+    ``scheduler`` is one that :func:`make_scheduler` made, begun anew for each batch; ``uncond_1TD`` is the embedding of
+    the negative prompt, None without guidance.
     """
 
     steps: int
     guidance: float
-    scheduler: str | None
+    scheduler: Any
     shape_CHW: tuple[int, int, int]
     uncond_1TD: torch.Tensor | None
 
@@ -93,7 +94,7 @@ def sample(
     pictures = np.empty((len(prompts), height * factor, width * factor, 3), dtype=np.uint8)
     with torch.no_grad(), _evaluating(unet), _precision(unet, dtype):
         uncond_1TD = encode_prompts(parts, [negative]) if guidance > 1 else None
-        how = Sampling(steps, guidance, scheduler, shape_CHW, uncond_1TD)
+        how = Sampling(steps, guidance, make_scheduler(parts.scheduler_config, scheduler), shape_CHW, uncond_1TD)
         for start in range(0, len(prompts), batch):
             chosen = slice(start, min(start + batch, len(prompts)))
             pictures[chosen] = draw_batch(
@@ -122,7 +123,7 @@ def draw_batch(
         VerificationError: a picture's latents or pixels are not finite.
     """
     embeds_BTD = encode_prompts(parts, prompts)
-    scheduler = make_scheduler(parts.scheduler_config, how.scheduler)
+    scheduler = how.scheduler
     scheduler.set_timesteps(how.steps)  # on the CPU, where its tables are: no step waits for the device
     if isinstance(noise, torch.Tensor):
         start = Start(noise.float() * scheduler.init_noise_sigma)
