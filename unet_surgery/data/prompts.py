@@ -107,6 +107,8 @@ def _fault(error: BadSampleError) -> str:
 
 def _file(text: str) -> Path | None:
     """Return the file that is meant, or None for a text."""
+    if not text.strip():
+        return None
     path = Path(text).expanduser()
     try:
         is_folder, is_there = path.is_dir(), path.exists()
@@ -147,7 +149,7 @@ def _values(path: Path, column: str | None) -> Found:
             for number, line in enumerate(io.StringIO(text), 1):
                 if line.strip():
                     where = f"{path}:{number}"
-                    yield where, _of_row(_json(line, path, number - 1), column, where)
+                    yield where, _of_row(_json(line.strip(), path, number - 1), column, where)
         case _:
             yield from _of_json(path, _json(text, path, 0), column)
 
