@@ -22,7 +22,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from teachers import entries, folder_bytes, write_unet
 
@@ -560,7 +560,7 @@ def test_inpainting(places: dict[str, Path], prompts: Path, tiny: Path, tmp_path
 def test_beside_the_teacher(prompts: Path, places: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = generate("tiny-random", prompts, out, teacher="tiny-random", grids=5, limit=6, **OPTIONS)
-    assert result.grids == (tmp_path / "out-grids" / "00000.png",)
+    assert result.grids == (tmp_path / "out-grids" / "grid-00000.png",)
     shown = pixels(result.grids[0])
     assert shown.shape[0] > 5 * 128
     left = shown[:, 236 : 236 + 128]  # the margins and captions of sample/grid.py
@@ -570,6 +570,36 @@ def test_beside_the_teacher(prompts: Path, places: dict[str, Path], tmp_path: Pa
     again = generate("tiny-random", prompts, out, teacher=places["student"] / "unet", grids=2, limit=6, **OPTIONS)
     assert (again.num_drawn, len(again.grids)) == (0, 1)
     assert not np.array_equal(pixels(again.grids[0])[60:188, 236:364], pixels(again.grids[0])[60:188, 374:502])
+
+
+def test_a_compiled_unet_is_given_whole_batches(
+    prompts: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another shape would be another compilation."""
+    unets: list[Any] = []
+    seen: list[int] = []
+
+    def compiling(self: Any) -> None:
+        unets.append(self)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    forward = UNet2DConditionModel.forward
+
+    def counting(self: Any, sample: torch.Tensor, *more: Any, **options: Any) -> Any:
+        seen.append(len(sample))
+        return forward(self, sample, *more, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counting)
+    for seeding in ("keyed", "stream"):
+        options = {**OPTIONS, "batch": 4, "seeding": seeding}
+        generate("tiny-random", prompts, tmp_path / seeding, compiled=True, channels_last=True, **options)
+        if seeding == "stream":
+            generate("tiny-random", prompts, tmp_path / "plain", **options)
+    assert len(unets) == 1
+    assert seen[:4] == [8, 8, 8, 8]
+    for name in NAMES:
+        assert levels_apart(pixels(tmp_path / "keyed" / name), pixels(whole / name)) <= 1
+        assert levels_apart(pixels(tmp_path / "stream" / name), pixels(tmp_path / "plain" / name)) <= 1
 
 
 # --- presets and arguments --------------------------------------------------------------------------------------------
@@ -659,8 +689,10 @@ def test_where_pictures_may_go(tiny: Path, prompts: Path, whole: Path, tmp_path:
             generate("tiny-random", prompts, out, **OPTIONS)
     with pytest.raises(OutputError, match="input"):
         generate(tiny, prompts, tiny / "out", **OPTIONS)
-    with pytest.raises(UsageError, match="a folder of their own"):
-        generate("tiny-random", prompts, tmp_path / "x", full_size=tmp_path / "x", **OPTIONS)
+    (tmp_path / "x").mkdir()
+    for full_size in (tmp_path / "x", tmp_path / "x" / "full"):
+        with pytest.raises(UsageError, match="a folder of their own"):
+            generate("tiny-random", prompts, tmp_path / "x", full_size=full_size, **OPTIONS)
 
 
 def test_reading_generation_json(whole: Path, tmp_path: Path) -> None:
@@ -673,6 +705,18 @@ def test_reading_generation_json(whole: Path, tmp_path: Path) -> None:
         (tmp_path / "generation.json").write_text(text)
         with pytest.raises(DataError, match=match):
             read_generation(tmp_path)
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    """A module of that name that does not import stands in its place."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    words = [sys.executable, "-m", "unet_surgery", "generate", "tiny-random", "-p", "a", "-o", str(tmp_path / "out")]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert done.returncode == 1
+    assert "no torch here" in done.stderr
+    assert "unet-surgery[train]" in done.stderr
+    assert "fault of unet-surgery" not in done.stderr
 
 
 def test_sizes_as_people_write_them() -> None:

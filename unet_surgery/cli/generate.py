@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 from unet_surgery.cli.options import TEACHER_HELP, Json, Quiet
 from unet_surgery.cli.processes import own_device, part_of_work
 from unet_surgery.cli.sink import Terminated, command, progress_bar, say, show, show_json
-from unet_surgery.errors import UsageError, printable
+from unet_surgery.errors import MissingExtraError, UsageError, printable
 
 if TYPE_CHECKING:
     from unet_surgery.evaluate.generate import GenerateResult
@@ -118,8 +119,7 @@ def generate(
     index, count = part_of_work(part)
     quiet = quiet or (index > 0 and part is None)
     sizes = {name: _size(name, text) for name, text in (("size", size), ("resize", resize))}
-    from unet_surgery.evaluate.generate import generate as run
-
+    run = _drawing()
     done = [0, 0]
     with progress_bar("drawing", quiet, of_bytes=False) as bar:
 
@@ -166,6 +166,18 @@ def generate(
             raise
     if index == 0 or part is not None:
         _tell(result, as_json=as_json, quiet=quiet)
+
+
+def _drawing() -> Callable[..., GenerateResult]:
+    try:
+        from unet_surgery.evaluate.generate import generate as run
+    except (ImportError, RuntimeError, OSError) as error:  # diffusers wraps what its imports raise
+        raise MissingExtraError(
+            "torch, diffusers, transformers and pillow are needed for this, and do not import",
+            found=printable(str(error).replace("\n", " ")),
+            hint="unet-surgery doctor says why; where they are missing: pip install 'unet-surgery[train]'",
+        ) from error
+    return run
 
 
 def _size(name: str, text: str | None) -> int | tuple[int, int] | None:

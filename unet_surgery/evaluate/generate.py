@@ -226,7 +226,7 @@ def _check_outputs(request: GenerateRequest) -> None:
     check_output(request.out, *inputs)
     if request.full_size is not None:
         check_output(request.full_size, *inputs)
-        if request.full_size == request.out:
+        if request.full_size == request.out or request.out in request.full_size.parents:  # no other pictures in there
             raise UsageError("the pictures as drawn need a folder of their own", where=str(request.full_size))
 
 

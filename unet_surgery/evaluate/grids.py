@@ -54,7 +54,7 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
             f"teacher: {teacher.name}": pictures[rows.start : rows.stop],
             drawer.name: np.stack([_read(folder.path(index)) for index in rows]),
         }
-        path = where / folder.path(start).name
+        path = where / f"grid-{folder.path(start).name}"
         disk.replace_file(path, grid(columns, [job.prompts.texts[index] for index in rows]), force=True)
         paths.append(path)
     return paths
