@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from hub_server import HubStandIn, client_in_process
 from PIL import Image
 from teachers import entries, folder_bytes, write_unet
 
@@ -45,7 +47,7 @@ from unet_surgery.sample.schedulers import make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
-PROMPTS = ["a red circle", 'a "green" square, big', "a blue star\nabove", "größer", "two circles", "a cross", "a dot"]
+PROMPTS = ["a red circle", 'a "green" square, big', "a blue star\nabove", "größer", "two circles", "a\rcross", "a dot"]
 COUNT, SIDE = len(PROMPTS), 16
 OPTIONS: dict[str, Any] = {"size": SIDE, "steps": 2, "batch": 2, "device": "cpu", "seed": 3}
 NAMES = [f"{i:05d}.png" for i in range(COUNT)]
@@ -487,6 +489,25 @@ def test_a_unet_alone_borrows_the_rest(places: dict[str, Path], prompts: Path, t
     for name in NAMES:
         assert np.array_equal(pixels(tmp_path / "alone" / name), pixels(tmp_path / "whole" / name))
     assert not (tmp_path / "none").exists()
+
+
+def test_models_of_the_hub(
+    tiny: Path, places: dict[str, Path], prompts: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNET_SURGERY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(generating, "load_drawer", drawers.load_drawer)
+    hub = HubStandIn()
+    hub.add("org/tiny", tiny)
+    with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "hf"):
+        generate(places["student"] / "unet", prompts, tmp_path / "student", base="org/tiny", **OPTIONS)
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        assert weights not in [parse_qs(record.query)["name"][0] for record in hub.seen("GET", "cdn")]
+        generate("org/tiny", prompts, tmp_path / "out", **OPTIONS)
+    for name in NAMES:
+        assert np.array_equal(pixels(tmp_path / "out" / name), pixels(whole / name))
+    assert read_generation(tmp_path / "out")["model"]["name"] == "org/tiny"
+    assert read_generation(tmp_path / "out")["model"]["sha256"] == read_generation(whole)["model"]["sha256"]
+    assert read_generation(tmp_path / "student")["base"]["name"] == "org/tiny"
 
 
 def test_other_kinds_of_models(prompts: Path, unet_folders: dict[str, Path], tmp_path: Path) -> None:

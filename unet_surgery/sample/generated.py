@@ -148,7 +148,7 @@ class GeneratedFolder:
 
     def _metadata(self) -> bytes:
         file = io.StringIO(newline="")
-        rows = csv.writer(file, lineterminator="\n")
+        rows = csv.writer(file)  # whose line ends, CR LF, are what makes it quote either
         rows.writerow(COLUMNS)
         rows.writerows((self.path(index).name, caption) for index, caption in enumerate(self.captions))
         return file.getvalue().encode()
