@@ -6,7 +6,8 @@
 
 Both draw the same prompts by the same networks (random weights) with the same sampler, and write every picture as a
 PNG; ours also makes each file safe on the disk, and writes metadata.csv and generation.json. Rounds alternate in one
-process; what is printed are medians of rounds, and the ratio of medians. --drift draws in fp32 with batches of 1, 2, 4
+process; what is printed are medians of rounds, and ratios of medians, also of the process's CPU seconds, which say more
+where a machine is shared. --drift draws in fp32 with batches of 1, 2, 4
 and 8, and compares pixels with those of batch 1.
 """
 
@@ -47,8 +48,16 @@ PROMPTS = (
     "a street at night in the rain",
 )
 
-Draw = Callable[[int], float]
-"""Draw all prompts in batches of this size, write them, and return the seconds it took."""
+Seconds = tuple[float, float]
+"""Of the clock, and of the CPU."""
+
+Draw = Callable[[int], Seconds]
+"""Draw all prompts in batches of this size, write them, and return what it took."""
+
+
+def since(begun: Seconds) -> Seconds:
+    """Return what passed since ``begun``; (0, 0) for now."""
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
 
 def make_drawer(size: str, recipe: str | None, device: torch.device, dtype: torch.dtype) -> Drawer:
@@ -69,12 +78,12 @@ def make_drawer(size: str, recipe: str | None, device: torch.device, dtype: torc
 def ours(drawer: Drawer, prompts: Path, steps: int, **options: Any) -> Draw:
     """Return ``generate`` itself, given networks in place of folders."""
 
-    def draw(batch: int) -> float:
+    def draw(batch: int) -> Seconds:
         with (
             tempfile.TemporaryDirectory() as folder,
             mock.patch.object(generating, "load_drawer", return_value=drawer),
         ):
-            begun = time.perf_counter()
+            begun = since((0, 0))
             generating.generate(
                 "random",
                 prompts,
@@ -88,7 +97,7 @@ def ours(drawer: Drawer, prompts: Path, steps: int, **options: Any) -> Draw:
                 dtype=next(name for name, kind in DTYPES.items() if kind == drawer.parts.vae.dtype),
                 **options,
             )
-            return time.perf_counter() - begun
+            return since(begun)
 
     return draw
 
@@ -108,16 +117,16 @@ def plain(drawer: Drawer, prompts: Sequence[str], steps: int) -> Draw:
     )
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(batch: int) -> float:
+    def draw(batch: int) -> Seconds:
         with tempfile.TemporaryDirectory() as folder:
-            begun = time.perf_counter()
+            begun = since((0, 0))
             generator = torch.Generator(device=parts.vae.device).manual_seed(SEED)
             for start in range(0, len(prompts), batch):
                 some = list(prompts[start : start + batch])
                 images = pipeline(some, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=generator).images
                 for index, image in enumerate(images, start):
                     image.save(Path(folder) / f"{index:05d}.png")
-            return time.perf_counter() - begun
+            return since(begun)
 
     return draw
 
@@ -153,23 +162,26 @@ def _changed(drawer: Drawer, *, last: bool, compiled: bool = False) -> Drawer:
 
 
 def _measure(rows: dict[str, Draw], batch: int, arguments: argparse.Namespace) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    rounds: dict[str, list[Seconds]] = {name: [] for name in rows}
     for draw in rows.values():  # kernels are chosen, and compiled, once
         draw(batch)
     for _ in range(arguments.rounds):
         for name, draw in rows.items():
-            seconds[name].append(draw(batch))
-    reference = statistics.median(seconds["plain loop"])
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        rate, low, high = (arguments.pictures / value for value in (median, max(times), min(times)))
+            rounds[name].append(draw(batch))
+    reference = [statistics.median(values) for values in zip(*rounds["plain loop"], strict=True)]
+    for name, times in rounds.items():
+        clock, cpu = zip(*times, strict=True)
+        median = statistics.median(clock)
+        rate, low, high = (arguments.pictures / value for value in (median, max(clock), min(clock)))
+        ratios = reference[0] / median, reference[1] / statistics.median(cpu)
         print(
-            f"batch {batch}  {name:<26}{rate:9.3f} pictures/s ({low:.3f}–{high:.3f})  {reference / median:5.2f} x",
+            f"batch {batch}  {name:<26}{rate:9.3f} pictures/s ({low:.3f}–{high:.3f})  {ratios[0]:5.2f} x"
+            f"   by CPU seconds {ratios[1]:5.2f} x",
             flush=True,
         )
         if arguments.json is not None:
             row = {"batch": batch, "row": name, "pictures_a_second": rate, "low": low, "high": high}
-            row |= {"ratio": reference / median, "size": arguments.size, "dtype": arguments.dtype}
+            row |= {"ratio": ratios[0], "cpu_ratio": ratios[1], "size": arguments.size, "dtype": arguments.dtype}
             with arguments.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

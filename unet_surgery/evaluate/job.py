@@ -40,6 +40,8 @@ class Job:
     shape_CHW: tuple[int, int, int]
     drawn_size: tuple[int, int]
     """(width, height) in pixels."""
+    scheduler: Any
+    """As the model has it; a teacher's may differ in what its own config says."""
 
     @classmethod
     def of(
@@ -65,13 +67,13 @@ class Job:
                 hint="choose --seeding keyed, or a scheduler such as pndm, ddim or dpmsolver++",
             )
         shape_CHW = (vae.config.latent_channels, height, width)
-        return cls(request, protocol, prompts, *given, device, shape_CHW, (width * factor, height * factor))
+        size = (width * factor, height * factor)
+        return cls(request, protocol, prompts, *given, device, shape_CHW, size, scheduler)
 
     def settings(self, drawer: Drawer) -> dict[str, Any]:
         """Return what decides the pictures, as JSON has it: a run with others does not continue this one."""
         request, protocol, keeping = self.request, self.protocol, self.protocol.keeping
-        scheduler = make_scheduler(drawer.parts.scheduler_config, protocol.scheduler)
-        options = {key: value for key, value in sorted(scheduler.config.items()) if not key.startswith("_")}
+        options = {key: value for key, value in sorted(self.scheduler.config.items()) if not key.startswith("_")}
         width, height = keeping.size or self.drawn_size
         is_stream = request.seeding == "stream"
         settings = {
@@ -84,7 +86,7 @@ class Job:
             "drawn_height": self.drawn_size[1],
             "resize": None if keeping.size is None else keeping.filter,
             "jpeg": keeping.jpeg,
-            "scheduler": {"class": type(scheduler).__name__, "options": options},
+            "scheduler": {"class": type(self.scheduler).__name__, "options": options},
             "steps": protocol.steps,
             "guidance": protocol.guidance,
             "negative": request.negative,
