@@ -168,8 +168,9 @@ def _trainer(size: Size, base: Base, world: World, batch: int, choices: Choices)
         options = {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
         trainer._update._adamw = _NotFused(trainer.weights.masters, **options)
     if choices.autocast:
-        network = _Autocast(trainer._compute.student, world.device, DTYPES[choices.dtype])
-        trainer._compute = replace(trainer._compute, student=network)
+        compute: Any = trainer._compute
+        network = _Autocast(compute.student, world.device, DTYPES[choices.dtype])
+        trainer._compute = replace(compute, student=network)
     return trainer
 
 

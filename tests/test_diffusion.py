@@ -20,6 +20,7 @@ from unet_surgery.distill.step_objective import (
     step_ladder,
     step_loss,
     step_target,
+    task_loss,
     with_task,
 )
 from unet_surgery.errors import ConfigError
@@ -125,7 +126,7 @@ def test_nothing_waits_for_the_device() -> None:
         schedule.to_sample(schedule.target(latents, noise, timesteps), noisy, timesteps)
         ladder = step_ladder(torch.rand(6), 1000, 4, 3)
         target = step_target(lambda z, _t: z, noisy, ladder, schedule)
-        with_task(step_loss(noisy, target, schedule.snr(timesteps)), noisy.square().mean())
+        with_task(step_loss(noisy, target, schedule.snr(timesteps)), task_loss(noisy, target), 0.2).mean()
         with pytest.raises(DataDependentOutputException):
             timesteps[0].item()
 
@@ -250,7 +251,7 @@ def test_a_teacher_that_knows_the_sample_gives_it_as_target() -> None:
     target = step_target(lambda _z, _t: latents, noisy, ladder, schedule)
     torch.testing.assert_close(target, latents, rtol=1e-4, atol=1e-4)
     loss = step_loss(target, latents, schedule.snr(ladder[:, 0]))
-    assert loss < 1e-5
+    assert loss.max() < 1e-5
 
 
 def test_the_target_has_no_gradient() -> None:
@@ -262,17 +263,18 @@ def test_the_target_has_no_gradient() -> None:
 def test_step_loss_truncates_the_snr() -> None:
     sample, target = random(3, 2, 2, 2), random(3, 2, 2, 2, seed=1)
     each = (sample - target).square().mean((1, 2, 3))
-    expected = (each[0] + each[1] + 7 * each[2]) / 3
+    expected = torch.stack([each[0], each[1], 7 * each[2]])
     torch.testing.assert_close(step_loss(sample, target, torch.tensor([0.0, 0.5, 7.0])), expected)
 
 
-def test_the_task_term_is_scaled_to_the_step_loss() -> None:
-    step, task = torch.tensor(0.3, requires_grad=True), torch.tensor(6.0, requires_grad=True)
-    total = with_task(step, task)
-    assert total.item() == pytest.approx(0.3 * 1.2)
-    total.backward()
-    assert step.grad.item() == 1
-    assert task.grad.item() == pytest.approx(0.2 * 0.3 / 6)
+def test_the_task_term_is_scaled_to_the_step_loss_of_its_sample() -> None:
+    step, task = torch.tensor([0.3, 2.0], requires_grad=True), torch.tensor([6.0, 0.0], requires_grad=True)
+    total = with_task(step, task, 0.2)
+    assert total.tolist() == pytest.approx([0.3 * 1.2, 2.0])
+    total.sum().backward()
+    assert step.grad.tolist() == [1, 1]
+    assert task.grad[0].item() == pytest.approx(0.2 * 0.3 / 6)
+    assert bool(torch.isfinite(task.grad).all())
 
 
 def test_guidance() -> None:
@@ -280,7 +282,7 @@ def test_guidance() -> None:
     found = guided(conditional, unconditional, torch.tensor([1.0, 7.5]))
     torch.testing.assert_close(found[0], conditional[0])
     torch.testing.assert_close(found[1], unconditional[1] + 7.5 * (conditional[1] - unconditional[1]))
-    assert draw_guidance(torch.tensor([0.0, 0.5])).tolist() == [2, 8]
+    assert draw_guidance(torch.tensor([0.0, 0.5]), 2.0, 14.0).tolist() == [2, 8]
 
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:

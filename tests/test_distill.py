@@ -257,6 +257,7 @@ def test_stages_follow_each_other_and_resume(places: dict[str, Path], tmp_path: 
         ({"batch": 2}, "batch"),
         ({"noise": {"offset": 0.1}}, "noise.offset"),
         ({"objectives": {"feature_kd": {"weight": 2.0}}}, "feature_kd.weight"),
+        ({"objectives": {"step_kd": {"guided": 0.2}}}, "step_kd.guided"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -388,8 +389,16 @@ def test_memory_does_not_grow(places: dict[str, Path], tmp_path: Path) -> None:
     assert seen[500] < seen[100] + (24 << 20), {step: value >> 20 for step, value in seen.items()}
 
 
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        {"min_snr": 5.0, "feature_kd": {"normalise": "teacher_power"}},
+        {"task": 0, "output_kd": 0, "feature_kd": 0, "step_kd": {"weight": 1, "guided": 1}},
+    ],
+    ids=["features", "steps"],
+)
 def test_a_step_asks_the_device_for_nothing(
-    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objectives: dict[str, Any]
 ) -> None:
     """Reading a value, or anything whose shape depends on values, would make a GPU wait: no such call in a step."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -411,7 +420,6 @@ def test_a_step_asks_the_device_for_nothing(
             step(self, *args)
 
     monkeypatch.setattr(StageTrainer, "step", watched)
-    objectives = {"min_snr": 5.0, "feature_kd": {"normalise": "teacher_power"}}
     data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, steps=2)
     distill(RunConfig.from_data({**data, "objectives": objectives, "log": {"every": 2}}))
     assert "convolution" in seen

@@ -110,6 +110,20 @@ def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path,
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
 
 
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.extra)])
+def test_steps_on_two_processes(places: dict[str, Path], tmp_path: Path, engine: str) -> None:
+    """Guided steps and plain ones: all processes take the same kind, and the same guidance for a sample."""
+    terms = {"task": 0, "output_kd": 0, "feature_kd": 0, "step_kd": {"weight": 1.0, "guided": 0.5}}
+    data = steady(tmp_path / "one", places, steps=3, objectives=terms, micro_batch=1, seed=16)
+    distill(RunConfig.from_data(data))
+    launch(engine, write_run(tmp_path / "run.yaml", {**data, "output": str(tmp_path / "two")}))
+    lines = metrics(tmp_path / "two")
+    assert len(lines) == 3
+    for line, other in zip(lines, metrics(tmp_path / "one"), strict=True):
+        assert line.pop("stage") == other.pop("stage")
+        assert line == pytest.approx(other, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("variables", "name"),
     [

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training import run_command
+from training import ROOT, run_command
 
 from unet_surgery.distill import RunConfig, load_run, to_yaml
 from unet_surgery.distill.runfile import parse_run
@@ -25,6 +26,8 @@ optimizer: {lr: 5e-5, warmup: 3}
 objectives:
   feature_kd: 2.0
 """
+
+STEPS = PLAIN.replace("  feature_kd: 2.0\n", "  {task: 0, output_kd: 0, feature_kd: 0,\n   step_kd: 2.0}\n")
 
 STAGES = """\
 output: runs/x
@@ -55,6 +58,25 @@ def test_short_forms_and_defaults() -> None:
     assert (stage.objectives.feature_kd.weight, stage.objectives.feature_kd.pairs) == (2.0, "bk")
 
 
+def test_all_examples_can_be_read() -> None:
+    files = sorted((ROOT / "examples" / "runs").glob("*.yaml"))
+    assert len(files) >= 11
+    assert {path.stem for path in files if load_run(path).config.stages[-1].objectives.may_be_guided} == {"toy_steps"}
+
+
+def test_the_run_files_of_the_manual_can_be_read() -> None:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    terms = [parse_run(text, "training.md").stages[0].objectives for text in found]
+    assert [wanted.step_kd.weight for wanted in terms] == [0, 1]
+
+
+def test_steps_alone() -> None:
+    wanted = parse_run(STEPS, "run.yaml", ["objectives.step_kd.student_steps=4"]).stages[0].objectives
+    assert wanted.needs_teacher
+    assert (wanted.step_kd.weight, wanted.step_kd.student_steps, wanted.step_kd.teacher_steps) == (2.0, 4, 2)
+    assert (wanted.step_kd.guided, wanted.step_kd.guidance, wanted.step_kd.task_share) == (0.1, (2.0, 14.0), 0.2)
+
+
 def test_stages_take_what_they_do_not_say() -> None:
     config = parse_run(STAGES, "run.yaml")
     assert [stage.steps for stage in config.stages] == [500, 400, 50_000]
@@ -65,7 +87,7 @@ def test_stages_take_what_they_do_not_say() -> None:
     assert config.num_samples == 50_900 * 128
 
 
-@pytest.mark.parametrize("text", [PLAIN, STAGES], ids=["one stage", "stages"])
+@pytest.mark.parametrize("text", [PLAIN, STAGES, STEPS], ids=["one stage", "stages", "steps"])
 def test_what_is_printed_is_the_same_run(text: str) -> None:
     config = parse_run(text, "run.yaml")
     assert parse_run(to_yaml(config), "printed") == config
@@ -81,6 +103,7 @@ def test_what_is_printed_is_the_same_run(text: str) -> None:
         ("micro_batch=null", lambda c: c.micro_batch is None),
         ("pictures={every: 5, prompts: [a house]}", lambda c: c.pictures.prompts == ("a house",)),
         ("speed.dtype=fp32", lambda c: c.speed.dtype == "fp32"),
+        ("objectives.step_kd.weight=0", lambda c: not c.stages[0].objectives.may_be_guided),
     ],
 )
 def test_set(change: str, read: Any) -> None:
@@ -118,6 +141,19 @@ def test_set_at_the_top_is_meant_for_every_stage() -> None:
         (STAGES.replace("batch: 128", "batch: big"), "run.yaml:4:1", "big"),
         (STAGES.replace("    teacher: one\n", ""), "run.yaml:10", "need a teacher"),
         (PLAIN + "name: x\n", "run.yaml:10:1", "unknown key 'name'"),
+        (PLAIN + "  step_kd: 1.0\n", "run.yaml:8:1", "give task, output_kd, feature_kd the weight 0"),
+        (STEPS.replace("output_kd: 0", "output_kd: 0.5"), "run.yaml:8:1", "give output_kd the weight 0"),
+        (STEPS.replace("{task: 0", "{min_snr: 5, task: 0"), "run.yaml:8:1", "scales by itself"),
+        (STEPS + "noise: {timesteps: half_high}\n", "run.yaml", "noise.timesteps stays uniform"),
+        (STEPS.replace("teacher: tiny-random\n", ""), "run.yaml", "need a teacher"),
+        (
+            STEPS.replace("step_kd: 2.0", "step_kd: {guidance: [3, 2]}"),
+            "run.yaml:10:4",
+            "from the lower to the higher",
+        ),
+        (STEPS.replace("step_kd: 2.0", "step_kd: {guided: 1.5}"), "run.yaml:10:14", "less than or equal to 1"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: {steps: 8}"), "run.yaml:10:14", "unknown key"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: 0"), "run.yaml:8:1", "all weights are 0"),
     ],
     ids=lambda value: "" if "\n" in value else value,
 )

@@ -64,7 +64,7 @@ def generate(
         typer.Option(
             "--scheduler",
             "-s",
-            help="ddim, ddpm, dpmsolver++, euler, euler-a, heun, lcm, pndm, unipc, or a class of diffusers. "
+            help="ddim, ddim-trailing, ddpm, dpmsolver++, euler, euler-a, heun, lcm, pndm, unipc, or a class of diffusers. "
             "Default: the model's.",
         ),
     ] = None,

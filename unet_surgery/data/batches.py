@@ -6,7 +6,7 @@ B batch · C latent channels · H, W latent size · T tokens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
 
-__all__ = ["Batch", "Batches", "TrainingSet", "prepared"]
+__all__ = ["Batch", "Batches", "GuidedSteps", "TrainingSet", "prepared"]
 
 
 class TrainingSet(Protocol):
@@ -55,14 +55,38 @@ class Batch:
     offset_BC: Tensor
     uniforms_B2: Tensor
     """For the timestep: its place, and which of two distributions it is of."""
+    guidance_B: Tensor | None = None
+    """For the guidance, in (0, 1); None in a step that is not guided, which the host so knows without asking."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``, copied without waiting where its memory is pinned."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         """Return the batch in memory that a GPU can copy from by itself."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = (getattr(self, f.name) for f in fields(self))
+        return Batch(*(None if value is None else change(value) for value in values))
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedSteps:
+    """Which optimizer steps of a stage are guided: whole ones, decided by the position of their first sample."""
+
+    share: float
+    first: int
+    """The position of the stage's first sample."""
+    batch: int
+    """Samples an optimizer step."""
+
+    def uniforms(self, noise: KeyedNoise, start: int, count: int) -> Tensor | None:
+        """Return a number in (0, 1) for each position from ``start``, or None if their step is not guided."""
+        begins = start - (start - self.first) % self.batch
+        if noise.uniforms("guided", begins, 1).item() >= self.share:
+            return None
+        return torch.from_numpy(noise.uniforms("guidance", start, count)[:, 0].copy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +99,7 @@ class Batches:
     latent_shape: tuple[int, int, int]
     """C, H, W."""
     caption_drop: float = 0.0
+    guided: GuidedSteps | None = None
 
     def at(self, start: int, count: int) -> Batch:
         """Return the positions ``start`` … ``start + count - 1``: always the same, whoever asks."""
@@ -89,6 +114,7 @@ class Batches:
             torch.from_numpy(self.noise.normals("noise", start, count, self.latent_shape)),
             torch.from_numpy(self.noise.normals("offset", start, count, self.latent_shape[:1])),
             torch.from_numpy(self.noise.uniforms("timestep", start, count, 2).copy()),
+            None if self.guided is None else self.guided.uniforms(self.noise, start, count),
         )
 
 

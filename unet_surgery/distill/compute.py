@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from unet_surgery.data.batches import Batch
 from unet_surgery.data.encode import encode_moments
 from unet_surgery.distill import objectives
 from unet_surgery.distill.config import NoiseConfig, Objectives, Stage
-from unet_surgery.distill.diffusion import NoiseSchedule, draw_timesteps, offset_noise
+from unet_surgery.distill.diffusion import NoiseSchedule, PredictionType, draw_timesteps, offset_noise
 from unet_surgery.runtime.parts import Parts
 
-__all__ = ["Compute", "Inputs", "Preparation", "Terms", "compare"]
+__all__ = ["Compute", "Inputs", "Loss", "Preparation", "Terms", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """A micro-batch's loss. ``values_K`` are its terms, unweighted, detached: task, output_kd, then each pair's."""
+    """A micro-batch's loss. ``values_K`` are its terms, unweighted, detached: the loss's ``names``, then the pairs'."""
 
     total: Tensor
     values_K: Tensor
@@ -54,17 +54,22 @@ class Preparation:
 
     def __call__(self, batch: Batch) -> Inputs:
         """Return noisy latents, timesteps, prompt embeddings and the target."""
+        return self.at(batch, draw_timesteps(batch.uniforms_B2, self.schedule.num_timesteps, self.noise.timesteps))
+
+    def at(self, batch: Batch, timesteps_B: Tensor) -> Inputs:
+        """Return the same at timesteps that somebody else chose."""
         with torch.no_grad():
             latents_BCHW = self._latents(batch)
             noise_BCHW = offset_noise(batch.noise_BCHW, batch.offset_BC, self.noise.offset)
-            timesteps_B = draw_timesteps(batch.uniforms_B2, self.schedule.num_timesteps, self.noise.timesteps)
             noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, timesteps_B)
             target_BCHW = self.schedule.target(latents_BCHW, noise_BCHW, timesteps_B)
-            noisy_BCHW = noisy_BCHW.to(self.parts.text_encoder.dtype)
-            if self.channels_last:
-                noisy_BCHW = noisy_BCHW.contiguous(memory_format=torch.channels_last)
             prompt_embeds_BTD = self.parts.text_encoder(batch.token_ids_BT)[0]
-        return Inputs(noisy_BCHW, timesteps_B, prompt_embeds_BTD, target_BCHW)
+        return Inputs(self.seen(noisy_BCHW), timesteps_B, prompt_embeds_BTD, target_BCHW)
+
+    def seen(self, noisy_BCHW: Tensor) -> Tensor:
+        """Return noisy latents as the networks take them: in their dtype and layout."""
+        noisy_BCHW = noisy_BCHW.to(self.parts.text_encoder.dtype)
+        return noisy_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else noisy_BCHW
 
     def _latents(self, batch: Batch) -> Tensor:
         """Return a sample of the VAE's posterior, scaled, fp32."""
@@ -75,16 +80,41 @@ class Preparation:
         return scaled
 
 
+class Loss(Protocol):
+    """A stage's loss as a function of a batch."""
+
+    names: ClassVar[tuple[str, ...]]
+    """Of the terms that are no feature pair's, as metrics call them."""
+
+    @property
+    def teacher(self) -> nn.Module | None: ...
+
+    @property
+    def teacher_predicts(self) -> PredictionType: ...
+
+    def __call__(self, batch: Batch, power_P: Tensor) -> Terms:
+        """Return the loss of a micro-batch; ``power_P`` divides the feature terms."""
+
+    def teacher_power(self, batch: Batch) -> Tensor:
+        """Return the mean square of each of the teacher's activations [P]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """A stage's loss as a function of a batch; the networks return their taps, and any part may be compiled."""
+    """Task, output and features, at one noise level; the networks return their taps, and any part may be compiled."""
 
+    names: ClassVar[tuple[str, ...]] = ("task", "output_kd")
     stage: Stage
     prepare: Preparation
     student: nn.Module
     teacher: nn.Module | None
     compare: Callable[..., Terms]
     """:func:`compare`."""
+
+    @property
+    def teacher_predicts(self) -> PredictionType:
+        """What the teacher predicts: what the student does."""
+        return self.prepare.schedule.prediction_type
 
     def __call__(self, batch: Batch, power_P: Tensor) -> Terms:
         """Return the loss of a micro-batch; ``power_P`` divides the feature terms."""

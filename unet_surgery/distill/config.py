@@ -22,6 +22,7 @@ __all__ = [
     "RunConfig",
     "Speed",
     "Stage",
+    "StepKd",
     "ToyData",
     "TroubleConfig",
 ]
@@ -47,7 +48,29 @@ class FeatureKd(_Model):
     """``teacher_power``: each term is divided by the mean square of the teacher's activation."""
 
 
-def _feature_weight(value: Any) -> Any:
+class StepKd(_Model):
+    """Step distillation: one DDIM step of the student lands where several of the teacher's do."""
+
+    weight: Weight = 0.0
+    student_steps: Count = 8
+    """Steps in which the student is to draw; its timesteps are spaced evenly from the last one down ("trailing")."""
+    teacher_steps: Count = 2
+    """Steps of the teacher in one of the student's."""
+    guided: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The share of optimizer steps in which both networks are guided (arXiv 2306.00980), which takes both twice."""
+    guidance: tuple[Weight, Weight] = (2.0, 14.0)
+    """Between which the guidance is drawn for each sample, in diffusers' count: 1 is none."""
+    task_share: Weight = 0.2
+    """The task term beside it: γ, a share of a sample's step term, to whose size it is scaled."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance goes from the lower to the higher, not from {self.guidance[0]:g}")
+        return self
+
+
+def _weight_alone(value: Any) -> Any:
     """``feature_kd: 1.0`` is short for its weight."""
     return {"weight": value} if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
@@ -57,19 +80,40 @@ class Objectives(_Model):
 
     task: Weight = 1.0
     output_kd: Weight = 1.0
-    feature_kd: Annotated[FeatureKd, BeforeValidator(_feature_weight)] = FeatureKd()
+    feature_kd: Annotated[FeatureKd, BeforeValidator(_weight_alone)] = FeatureKd()
+    step_kd: Annotated[StepKd, BeforeValidator(_weight_alone)] = StepKd()
+    """Goes with none of the others: they compare at one noise level, and this one's teacher runs through several."""
     min_snr: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR weighting's γ (arXiv 2303.09556), of the task term; the paper takes 5."""
 
     @property
     def needs_teacher(self) -> bool:
         """True if a term compares with the teacher."""
-        return self.output_kd > 0 or self.feature_kd.weight > 0
+        return self.output_kd > 0 or self.feature_kd.weight > 0 or self.step_kd.weight > 0
+
+    @property
+    def may_be_guided(self) -> bool:
+        """True if a step may take both networks with and without the prompt: twice the rows of a batch at once."""
+        return self.step_kd.weight > 0 and self.step_kd.guided > 0
 
     @model_validator(mode="after")
     def _one_at_least(self) -> Self:
         if not (self.task or self.needs_teacher):
-            raise ValueError("all weights are 0; give one of task, output_kd and feature_kd a weight")
+            raise ValueError("all weights are 0; give one of task, output_kd, feature_kd and step_kd a weight")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_alone(self) -> Self:
+        if self.step_kd.weight == 0:
+            return self
+        others = {"task": self.task, "output_kd": self.output_kd, "feature_kd": self.feature_kd.weight}
+        given = [name for name, weight in others.items() if weight]
+        if given:
+            raise ValueError(
+                f"step_kd goes alone: give {', '.join(given)} the weight 0 (its share of the task is its task_share)"
+            )
+        if self.min_snr is not None:
+            raise ValueError("min_snr weighs the task term, which step_kd scales by itself: leave it out")
         return self
 
 
@@ -215,7 +259,13 @@ class Stage(_Model):
     @model_validator(mode="after")
     def _has_its_teacher(self) -> Self:
         if self.objectives.needs_teacher and self.teacher is None:
-            raise ValueError("output_kd and feature_kd need a teacher: name one, or give both the weight 0")
+            raise ValueError("output_kd, feature_kd and step_kd need a teacher: name one, or give them the weight 0")
+        return self
+
+    @model_validator(mode="after")
+    def _stands_on_the_ladder(self) -> Self:
+        if self.objectives.step_kd.weight and self.noise.timesteps != "uniform":
+            raise ValueError("step_kd has timesteps of its own, the student's: noise.timesteps stays uniform")
         return self
 
     @model_validator(mode="after")

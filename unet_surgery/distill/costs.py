@@ -61,17 +61,22 @@ def image_flops(
     checkpointing: str = "none",
     vae_macs: int = 0,
     text_macs: int = 0,
+    teacher_steps: int = 1,
+    guided: float = 0.0,
 ) -> ImageFlops:
     """Return the FLOPs of one sample; the graphs say at which latent size.
+
+    ``teacher_steps`` are the teacher's forwards. ``guided`` is the share of steps that take both U-Nets twice; the
+    result is the mean.
 
     ``checkpointing`` is a run's. Diffusers runs resnets and transformer blocks again, and keeps what stands between
     them: ``full`` is nearly a whole forward more, ``high_resolution`` that of the finest level.
     """
+    again = count_modules(m for m in modules(student) if is_recomputed(m.path, checkpointing, student))
     return ImageFlops(
-        student=6 * count(student).macs_all,
-        recomputed=2
-        * count_modules(m for m in modules(student) if is_recomputed(m.path, checkpointing, student)).macs_all,
-        teacher=0 if teacher is None else 2 * count(teacher).macs_all,
+        student=round((1 + guided) * 6 * count(student).macs_all),
+        recomputed=round((1 + guided) * 2 * again.macs_all),
+        teacher=0 if teacher is None else round((1 + guided) * 2 * teacher_steps * count(teacher).macs_all),
         vae=2 * vae_macs,
         text=2 * text_macs,
     )
@@ -95,6 +100,7 @@ def stage_flops(
     Raises:
         ConfigError: a config cannot be used.
     """
+    steps = stage.objectives.step_kd
     pixels = (1, 1) if vae is None else (latent_size[0] * vae_factor(vae), latent_size[1] * vae_factor(vae))
     return image_flops(
         at_size(student, latent_size),
@@ -102,6 +108,8 @@ def stage_flops(
         checkpointing=run.speed.checkpointing,
         vae_macs=vae_costs(vae, pixels).macs if online and vae is not None else 0,
         text_macs=0 if text_encoder is None else text_encoder_costs(text_encoder).macs,
+        teacher_steps=steps.teacher_steps if steps.weight else 1,
+        guided=steps.guided if steps.weight else 0.0,
     )
 
 

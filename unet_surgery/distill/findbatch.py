@@ -5,8 +5,9 @@ So there a size is not even tried if it would take more memory than ``MEMORY_SHA
 the search begins (/proc/meminfo; no psutil is needed), going by what the last size took more than nothing did.
 
 Steps are whole: teacher, student, loss, backward, AdamW, average, of two micro-batches, as a run that accumulates has
-them. Their data is read once, so the images a second are the device's, without the reading. What a run needs beside
-its steps is not tried: pictures of prompts on the way, other programs on the device.
+them. Their data is read once, so the images a second are the device's, without the reading. Where some steps are guided
+(``step_kd``), both kinds are taken, and the images a second are those of their mixture. What a run needs beside its
+steps is not tried: pictures of prompts on the way, other programs on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,9 +144,9 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 def _heaviest(config: RunConfig) -> tuple[int, Stage]:
     """Return the first stage with the most networks and terms in memory."""
 
-    def weight(item: tuple[int, Stage]) -> tuple[bool, bool]:
+    def weight(item: tuple[int, Stage]) -> tuple[bool, bool, bool]:
         wanted = item[1].objectives
-        return wanted.needs_teacher, wanted.feature_kd.weight > 0
+        return wanted.may_be_guided, wanted.needs_teacher, wanted.feature_kd.weight > 0
 
     return max(enumerate(config.stages), key=weight)
 
@@ -168,6 +169,7 @@ class _Search:
         self.trials: list[Trial] = []
         self._trainer, self._device, self._use, self._on_trial = trainer, world.device, use, on_trial
         self._batches = base.batches(config.seed, caption_drop=stage.noise.caption_drop)
+        self._guided = stage.objectives.step_kd.guided if stage.objectives.may_be_guided else 0.0
         self._empty_bytes = _resident_bytes()
 
     def fits(self, size: int) -> bool:
@@ -207,9 +209,16 @@ class _Search:
 
     def _steps(self, size: int) -> float:
         """Take a few steps; return samples a second of those that are timed."""
-        batch = self._batches.at(0, size).to(self._device)
+        plain = self._batches.at(0, size).to(self._device)
+        guided = replace(plain, guidance_B=plain.uniforms_B2[:, 0])
+        kinds = [(batch, share) for batch, share in ((guided, self._guided), (plain, 1 - self._guided)) if share > 0]
+        self._trainer.calibrate(itertools.repeat(plain), 1)
+        seconds = sum(share * self._seconds(batch) for batch, share in kinds)
+        return ACCUMULATED * size / max(seconds, 1e-9)
+
+    def _seconds(self, batch: Batch) -> float:
+        """Return the time of one step on micro-batches that are all ``batch``."""
         again: Iterator[Batch] = itertools.repeat(batch)
-        self._trainer.calibrate(again, 1)
         began = 0.0
         for number in range(WARM_UP + TIMED):
             if number == WARM_UP:
@@ -217,7 +226,7 @@ class _Search:
                 began = time.monotonic()
             self._trainer.step(again, ACCUMULATED, 0)
         self._wait()
-        return TIMED * ACCUMULATED * size / max(time.monotonic() - began, 1e-9)
+        return (time.monotonic() - began) / TIMED
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ __all__ = ["write_trained"]
 
 CURVES, SAMPLES = "training.svg", "samples.png"
 NUM_ROWS = 6
+STEP_KD = "step distillation"
+TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "task": lambda line: line["task"],
+    "output": lambda line: line.get("output_kd", 0.0),
+    "features": sum_of_features,
+    STEP_KD: lambda line: line.get("step_kd", 0.0),
+}
+"""A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
 BARE_CARD = "---\nlibrary_name: diffusers\ntags: [unet-surgery]\n---\n\n# A U-Net\n"
 
 
@@ -105,14 +113,15 @@ def _copied(start: Path) -> dict[str, Path]:
 def _texts(
     start: Path, config: RunConfig, num_samples: int, metrics: Sequence[Mapping[str, Any]], samples: bytes | None
 ) -> dict[str, bytes]:
+    titles = [name for name in TERMS if name != STEP_KD or any(s.objectives.step_kd.weight for s in config.stages)]
     facts = TrainingFacts(
         version=__version__,
         weights=f"The weights are their running average (decay {config.ema.decay:g}).",
         data=f"{_data(config)}: {num_samples:,} samples.",
         images=config.num_samples,
         stages=tuple(_stage_row(stage) for stage in config.stages),
-        loss_columns=("step", "loss", "task", "output", "features"),
-        losses=_loss_rows(metrics),
+        loss_columns=("step", "loss", *titles),
+        losses=_loss_rows(metrics, titles),
         pictures=(("The terms of the loss", CURVES), *((("Samples", SAMPLES),) if samples else ())),
     )
     plan = read_student_plan(start)
@@ -165,26 +174,31 @@ def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:
     if wanted.feature_kd.weight:
         normalised = ", normalised" if wanted.feature_kd.normalise != "none" else ""
         terms.append(f"{wanted.feature_kd.weight:g} features ({wanted.feature_kd.pairs}{normalised})")
+    if wanted.step_kd.weight:
+        steps = wanted.step_kd
+        terms.append(
+            f"{steps.weight:g} {STEP_KD} ({steps.student_steps * steps.teacher_steps} → {steps.student_steps} steps"
+            + (f", {steps.guided:.0%} guided by {steps.guidance[0]:g} to {steps.guidance[1]:g}" if steps.guided else "")
+            + f") + {steps.task_share:g} task, scaled to it"
+        )
     rate = f"{optimizer.lr:g}, {optimizer.schedule}" + (f", warm-up {optimizer.warmup}" if optimizer.warmup else "")
     teacher = _public(stage.teacher) if wanted.needs_teacher else None
     return stage.name, stage.steps, stage.batch, teacher or "none", rate, " + ".join(terms)
 
 
-def _loss_rows(metrics: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], ...]:
+def _loss_rows(metrics: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return the loss at some steps: the first and last that were logged, and some between."""
     count = min(NUM_ROWS, len(metrics))
     chosen = [metrics[round(i * (len(metrics) - 1) / max(count - 1, 1))] for i in range(count)]
     return tuple(
-        (f"{m['step']:,}", *(f"{m[key]:.4g}" for key in ("loss", "task", "output_kd")), f"{sum_of_features(m):.4g}")
-        for m in chosen
+        (f"{m['step']:,}", f"{m['loss']:.4g}", *(f"{TERMS[title](m):.4g}" for title in titles)) for m in chosen
     )
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     steps = [m["step"] for m in metrics]
     rows = {
-        "task": [m["task"] for m in metrics],
-        "output": [m["output_kd"] for m in metrics],
-        "features, summed": [sum_of_features(m) for m in metrics],
+        "features, summed" if title == "features" else title: [term(m) for m in metrics]
+        for title, term in TERMS.items()
     }
     return [Curve(name, steps, values) for name, values in rows.items() if any(value > 0 for value in values)]

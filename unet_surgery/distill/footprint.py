@@ -88,8 +88,9 @@ def memory(
 ) -> Memory:
     """Return what one process needs for micro-batches of ``micro_batch`` samples at the graphs' latent size.
 
-    ``part_params`` are those of the VAE, which is kept in fp32, and of the text encoder. Under FSDP2 the masters,
-    gradients, moments and the average are dealt out over the processes; here they are whole.
+    Where steps are guided, a sample counts twice. ``part_params`` are those of the VAE, which is kept in fp32, and of
+    the text encoder. Under FSDP2 the masters, gradients, moments and the average are dealt out over the processes; here
+    they are whole.
     """
     value = VALUE_BYTES[run.speed.dtype]
     params, is_rounded = count(student).params, value < FP32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import PictureConfig
+from unet_surgery.distill.diffusion import PredictionType
 from unet_surgery.errors import SurgeryError, printable
 from unet_surgery.runtime.parts import Parts
 from unet_surgery.sample.draw import sample
@@ -40,18 +41,19 @@ class Gallery:
         step: int,
         unet_config: Mapping[str, Any],
         columns: Mapping[str, Mapping[str, Tensor]],
-        teacher: nn.Module | None,
+        teacher: tuple[nn.Module, PredictionType] | None,
         stage: int,
     ) -> None:
         """Write ``step-….png`` into the folder. Pictures that cannot be drawn are no reason to end a run.
 
-        ``columns`` are the weights to draw with: title → name → whole tensor. ``stage`` tells teachers apart.
+        ``columns`` are the weights to draw with: title → name → whole tensor. ``teacher`` is its U-Net and what that
+        predicts, ``stage`` tells teachers apart.
         """
         try:
             pictures: dict[str, NDArray[np.uint8]] = {}
             if teacher is not None:
                 if stage not in self._teachers:
-                    self._teachers = {stage: self._sample(teacher)}
+                    self._teachers = {stage: self._sample(*teacher)}
                 pictures["teacher"] = self._teachers[stage]
             for title, tensors in columns.items():
                 pictures[title] = self._sample(self._network(unet_config, tensors))
@@ -69,11 +71,14 @@ class Gallery:
         unet.load_state_dict(tensors, assign=True, strict=True)
         return nn.Module.to(unet, device=self.device, dtype=self.parts.text_encoder.dtype).eval()
 
-    def _sample(self, unet: nn.Module) -> NDArray[np.uint8]:
-        config = self.config
+    def _sample(self, unet: nn.Module, predicts: PredictionType | None = None) -> NDArray[np.uint8]:
+        """Draw with a network that predicts what the run's does, or ``predicts``."""
+        config, parts = self.config, self.parts
+        if predicts is not None:
+            parts = replace(parts, scheduler_config={**parts.scheduler_config, "prediction_type": predicts})
         return sample(
             unet,
-            self.parts,
+            parts,
             config.prompts,
             seed=config.seed,
             steps=config.steps,

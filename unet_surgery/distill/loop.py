@@ -22,6 +22,7 @@ from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.journal import Journal, NoJournal
 from unet_surgery.distill.setup import Base
 from unet_surgery.distill.state import TrainingState, save_state
+from unet_surgery.distill.step_compute import guided_steps
 from unet_surgery.distill.stop import Stop
 from unet_surgery.distill.trainer import Measured, StageTrainer
 from unet_surgery.distill.world import World
@@ -151,7 +152,12 @@ def train(run: Run, place: Place, trainer: StageTrainer, done: int) -> TrainingS
 def _batches(run: Run, place: Place, done: int, size: int, count: int) -> Generator[Batch]:
     """Return this process's micro-batches of a stage, from the step that follows ``done`` finished ones."""
     stage, world = run.config.stages[place.number], run.world
-    batches = run.base.batches(run.config.seed, attempt=run.roll_backs, caption_drop=stage.noise.caption_drop)
+    batches = run.base.batches(
+        run.config.seed,
+        attempt=run.roll_backs,
+        caption_drop=stage.noise.caption_drop,
+        guided=guided_steps(stage, place.first_sample),
+    )
     starts = (
         place.first_sample + number * stage.batch + (i * world.size + world.rank) * size
         for number in range(done, stage.steps)

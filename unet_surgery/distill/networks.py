@@ -34,6 +34,7 @@ __all__ = [
     "read_student_plan",
     "recompute",
     "refuse_compiling",
+    "teacher_schedule",
 ]
 
 CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
@@ -111,19 +112,43 @@ def load_student(folder: Path, config: RunConfig) -> UNet2DConditionModel:
     return unet.float().train()
 
 
-def load_teacher(folder: Path, base: Path, speed: Speed, device: torch.device) -> UNet2DConditionModel:
-    """Return a frozen teacher on ``device`` in the training dtype.
+def teacher_schedule(folder: Path, ours: NoiseSchedule, *, same_prediction: bool) -> NoiseSchedule:
+    """Return the schedule of the run, ``ours``, with what the teacher in ``folder`` predicts.
+
+    A teacher without a scheduler of its own predicts what the student does. ``same_prediction``: predictions are
+    compared as they are, so they must be of one kind; else they meet in x, and the noise must be the same.
 
     Raises:
-        RunError: it predicts something else than the noise schedule of ``base`` says: its outputs would teach nonsense.
+        RunError: it is another kind, or other noise: its outputs would teach nonsense.
+        ConfigError: its scheduler cannot be used.
     """
-    theirs, ours = folder / SCHEDULER, base / SCHEDULER
-    if theirs.is_file() and ours.is_file():
-        kinds = [read_object(p).get("prediction_type", "epsilon") for p in (theirs, ours)]
-        if kinds[0] != kinds[1]:
+    path = folder / SCHEDULER
+    if not path.is_file():
+        return ours
+    config = read_object(path)
+    if same_prediction:
+        kind = config.get("prediction_type", "epsilon")
+        if kind != ours.prediction_type:
             raise RunError(
-                "teacher and student predict different things", where=str(theirs), expected=kinds[1], found=kinds[0]
+                "teacher and student predict different things",
+                where=str(path),
+                expected=ours.prediction_type,
+                found=printable(kind),
             )
+        return ours
+    theirs = NoiseSchedule.from_config(config).to(ours.alphas_cumprod_T.device)
+    tables = theirs.alphas_cumprod_T, ours.alphas_cumprod_T
+    if len(tables[0]) != len(tables[1]) or not torch.allclose(*tables, rtol=1e-5):
+        raise RunError(
+            "the teacher was trained with other noise than the student is",
+            where=str(path),
+            expected="the betas of the run's own scheduler: a timestep has to mean one noise level",
+        )
+    return theirs
+
+
+def load_teacher(folder: Path, speed: Speed, device: torch.device) -> UNet2DConditionModel:
+    """Return a frozen teacher on ``device`` in the training dtype."""
     unet = load_unet(folder).eval().requires_grad_(False)
     moved = torch.nn.Module.to(unet, device=device, dtype=DTYPES[speed.dtype])  # diffusers' own warns of nothing
     return moved.to(memory_format=torch.channels_last) if speed.channels_last else moved

@@ -98,7 +98,7 @@ def _put(data: Any, path: tuple[str | int, ...], value: Any, change: str) -> Non
     for i, part in enumerate(path[:-1]):
         if isinstance(data, dict) and not isinstance(data.get(part), (dict, list)):
             # feature_kd: 1.0 is short for its weight, and stays so when another of its keys is set.
-            short = {"weight": data[part]} if part == "feature_kd" and part in data else {}
+            short = {"weight": data[part]} if part in ("feature_kd", "step_kd") and part in data else {}
             data[part] = short
         try:
             data = data[part]

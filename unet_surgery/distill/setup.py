@@ -6,15 +6,16 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unet_surgery.data.batches import Batches, TrainingSet
+from unet_surgery.data.batches import Batches, GuidedSteps, TrainingSet
 from unet_surgery.data.keyed import KeyedNoise
 from unet_surgery.data.order import Order
-from unet_surgery.distill.compute import Compute, Preparation, compare
+from unet_surgery.distill.compute import Compute, Loss, Preparation, compare
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.networks import (
@@ -25,9 +26,11 @@ from unet_surgery.distill.networks import (
     read_student_plan,
     recompute,
     refuse_compiling,
+    teacher_schedule,
 )
 from unet_surgery.distill.pairs import check_pairs, choose_pairs, tapped
 from unet_surgery.distill.similarity import match_layers
+from unet_surgery.distill.step_compute import StepCompute
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.weights import DTYPES, TrainedWeights
 from unet_surgery.distill.world import World
@@ -53,10 +56,12 @@ class Base:
     latent_shape: tuple[int, int, int]
     """C, H, W."""
 
-    def batches(self, seed: int, *, attempt: int = 0, caption_drop: float = 0.0) -> Batches:
+    def batches(
+        self, seed: int, *, attempt: int = 0, caption_drop: float = 0.0, guided: GuidedSteps | None = None
+    ) -> Batches:
         """Return the samples of a run by position; each ``attempt`` has noise and an order of its own."""
         order = Order(len(self.samples), seed, attempt)
-        return Batches(self.samples, order, KeyedNoise(seed, attempt), self.latent_shape, caption_drop)
+        return Batches(self.samples, order, KeyedNoise(seed, attempt), self.latent_shape, caption_drop, guided)
 
 
 def open_base(config: RunConfig, folders: Folders, world: World) -> Base:
@@ -115,14 +120,16 @@ def set_up(
     ``frozen`` are the feature pairs that an earlier part of the run was trained with, as its state has them.
 
     Raises:
-        RunError: features are to be compared, and the student has no plan.
+        RunError: features are to be compared, and the student has no plan; the teacher's noise or predictions are of
+            another kind; there are fewer timesteps than steps to distil.
         VerificationError: a tap cannot be matched.
     """
     stage, speed = config.stages[number], config.speed
     refuse_compiling(world.device, speed)
     student = load_student(folders.student, config)
     teacher_folder = folders.teachers[number] if stage.objectives.needs_teacher else None
-    teacher = None if teacher_folder is None else load_teacher(teacher_folder, folders.base, speed, world.device)
+    their_schedule = base.schedule if teacher_folder is None else _their_schedule(stage, teacher_folder, base)
+    teacher = None if teacher_folder is None else load_teacher(teacher_folder, speed, world.device)
     student = student.to(world.device)
     if _is_channels_last(config, stage, world):
         student = student.to(memory_format=torch.channels_last)
@@ -140,14 +147,35 @@ def set_up(
         ours, theirs = tapped(student, teacher, pairs)
         check_pairs(ours, theirs, pairs, _example(base))
     weights = TrainedWeights(ours, DTYPES[speed.dtype], world)
-    compute = Compute(
-        stage,
-        prepare,
-        student=_compiled(weights.run, speed.compile),
-        teacher=None if theirs is None else _compiled(theirs, speed.compile),
-        compare=_compiled(compare, speed.compile),
-    )
+    run = _compiled(weights.run, speed.compile), None if theirs is None else _compiled(theirs, speed.compile)
+    compute: Loss
+    if stage.objectives.step_kd.weight:
+        compute = StepCompute(stage.objectives.step_kd, prepare, *run, their_schedule, _no_prompt(base))
+    else:
+        compute = Compute(stage, prepare, *run, _compiled(compare, speed.compile))
     return StageTrainer(world, stage, weights, compute, ema=config.ema, pairs=pairs, scales_loss=speed.dtype == "fp16")
+
+
+def _their_schedule(stage: Stage, teacher: Path, base: Base) -> NoiseSchedule:
+    """Return the teacher's schedule; where steps are distilled they must fit it, and meet in x."""
+    wanted = stage.objectives.step_kd
+    schedule = teacher_schedule(teacher, base.schedule, same_prediction=not wanted.weight)
+    if wanted.weight and wanted.student_steps * wanted.teacher_steps > schedule.num_timesteps:
+        raise RunError(
+            "there are fewer timesteps than steps of the teacher",
+            where=f"stage {stage.name}, step_kd",
+            expected=f"student_steps × teacher_steps of at most {schedule.num_timesteps}",
+            found=f"{wanted.student_steps} × {wanted.teacher_steps}",
+        )
+    return schedule
+
+
+def _no_prompt(base: Base) -> Tensor:
+    """Return the embeddings of an empty prompt [1, T, D]."""
+    with torch.no_grad():
+        encoder = base.parts.text_encoder
+        embeds: Tensor = encoder(base.samples.empty_ids()[None].to(encoder.device))[0]
+    return embeds
 
 
 def _is_channels_last(config: RunConfig, stage: Stage, world: World) -> bool:

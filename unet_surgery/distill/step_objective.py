@@ -2,7 +2,8 @@
 
 Progressive distillation (arXiv 2202.00512, algorithm 2 and appendix G) as one stage: student and teacher are different
 networks, which may predict different things, so everything meets in x. Guidance-aware with some probability, as in
-SnapFusion (arXiv 2306.00980); the single stage and the task term's scale are YangPan's.
+SnapFusion (arXiv 2306.00980); the single stage and the task term's scale are YangPan's, his of a batch. Here each
+sample has its own, so that a batch may be dealt out over micro-batches and processes and mean the same.
 
 z = α·x + σ·ε. B batch, C channels, H height, W width; K teacher steps for one of the student. All of it in fp32.
 """
@@ -16,13 +17,12 @@ from torch import Tensor
 
 from unet_surgery.distill.diffusion import NoiseSchedule
 
-__all__ = ["Denoise", "draw_guidance", "guided", "step_ladder", "step_loss", "step_target", "with_task"]
+__all__ = ["Denoise", "draw_guidance", "guided", "step_ladder", "step_loss", "step_target", "task_loss", "with_task"]
+
+NO_ERROR = 1e-12  # below it a task term is scaled no further: nothing divides by 0
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """Noisy latents [B, C, H, W] and timesteps [B] → x̂, fp32: a network, its prompts, and ``guided`` where wanted."""
-
-TASK_SHARE = 0.2
-GUIDANCE_RANGE = (2.0, 14.0)
 
 
 def step_ladder(uniforms_B: Tensor, num_timesteps: int, num_student_steps: int, num_teacher_steps: int) -> Tensor:
@@ -61,18 +61,22 @@ def step_target(denoise: Denoise, noisy_BCHW: Tensor, ladder_BK: Tensor, schedul
 
 
 def step_loss(sample_BCHW: Tensor, target_BCHW: Tensor, snr_B: Tensor) -> Tensor:
-    """Return the mean squared error in x, weighed by max(α²/σ², 1) (arXiv 2202.00512, eq. 9: truncated SNR)."""
-    errors_B = (sample_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
-    return (errors_B * snr_B.clamp(min=1.0)).mean()
+    """Return [B] mean squared errors in x, weighed by max(α²/σ², 1) (arXiv 2202.00512, eq. 9: truncated SNR)."""
+    return _mean_squares(sample_BCHW, target_BCHW) * snr_B.clamp(min=1.0)
 
 
-def with_task(step: Tensor, task: Tensor, share: float = TASK_SHARE) -> Tensor:
-    """Return step + share · task, the task term scaled to the step loss's size first; the scale has no gradient."""
-    scale = (step / task.clamp(min=torch.finfo(task.dtype).tiny)).detach()
-    return step + share * scale * task
+def task_loss(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Return [B] mean squared errors to the diffusion target (arXiv 2006.11239, eq. 14)."""
+    return _mean_squares(prediction_BCHW, target_BCHW)
 
 
-def draw_guidance(uniforms_B: Tensor, low: float = GUIDANCE_RANGE[0], high: float = GUIDANCE_RANGE[1]) -> Tensor:
+def with_task(step_B: Tensor, task_B: Tensor, share: float) -> Tensor:
+    """Return [B] step + share · task, each task term scaled to its step term's size; the scale has no gradient."""
+    scale_B = (step_B / task_B.clamp(min=NO_ERROR)).detach()
+    return step_B + share * scale_B * task_B
+
+
+def draw_guidance(uniforms_B: Tensor, low: float, high: float) -> Tensor:
     """Return a guidance weight for each sample, uniform in [low, high) (arXiv 2306.00980)."""
     return low + (high - low) * uniforms_B
 
@@ -81,6 +85,10 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance_B: Tensor) -> Te
     """Return w·conditional − (w − 1)·unconditional, fp32: both of the same noisy latents and timesteps."""
     w = guidance_B.view(-1, 1, 1, 1)
     return w * conditional.float() - (w - 1.0) * unconditional.float()
+
+
+def _mean_squares(a: Tensor, b: Tensor) -> Tensor:
+    return (a.float() - b.float()).square().flatten(1).mean(1)
 
 
 def _ddim_step(sample: Tensor, z: Tensor, now_B: Tensor, then_B: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unet_surgery.data.batches import Batch
 from unet_surgery.distill import objectives
-from unet_surgery.distill.compute import Compute
+from unet_surgery.distill.compute import Loss
 from unet_surgery.distill.config import EmaConfig, Stage
 from unet_surgery.distill.ema import Ema
 from unet_surgery.distill.gallery import Gallery
@@ -36,7 +36,7 @@ class Measured:
 
     num_steps: int
     terms: dict[str, float]
-    """Unweighted: task, output_kd, and each feature pair's."""
+    """Unweighted: those that the stage's loss names, and each feature pair's."""
     loss: float
     grad_norm: float
     bad_steps: int
@@ -52,7 +52,7 @@ class StageTrainer:
         world: World,
         stage: Stage,
         weights: TrainedWeights,
-        compute: Compute,
+        compute: Loss,
         *,
         ema: EmaConfig,
         pairs: tuple[FeaturePair, ...],
@@ -67,12 +67,12 @@ class StageTrainer:
         self._stage = stage
         self._compute = compute
         self._pairs = pairs
-        self._names = ("task", "output_kd", *(f"{FEATURE}{tap_name(pair.student)}" for pair in pairs))
+        self._names = (*compute.names, *(f"{FEATURE}{tap_name(pair.student)}" for pair in pairs))
         self._update = Update(weights, stage.optimizer, scales_loss=scales_loss)
         self._rate = RateConfig(stage.optimizer.schedule, stage.optimizer.warmup, stage.steps)
         self._normalises = stage.objectives.feature_kd.normalise == "teacher_power" and bool(pairs)
         self._power = objectives.no_power(len(pairs), world.device)
-        zeros = torch.zeros(len(pairs) + len(("loss", "task", "output_kd", "grad_norm")), device=world.device)
+        zeros = torch.zeros(len(("loss", *self._names, "grad_norm")), device=world.device)
         self._sums, self._counts = zeros, zeros.clone()
         self._num_steps = 0
 
@@ -156,7 +156,8 @@ class StageTrainer:
         }
         teacher = self._compute.teacher
         if self._world.is_main:
-            gallery.draw(step, self.unet_config, columns, None if teacher is None else _unet_of(teacher), stage_number)
+            drawn = None if teacher is None else (_unet_of(teacher), self._compute.teacher_predicts)
+            gallery.draw(step, self.unet_config, columns, drawn, stage_number)
 
     def facts(self) -> dict[str, Any]:
         """Return what else a run needs to go on exactly, as JSON data; asks the device, and every process must ask."""

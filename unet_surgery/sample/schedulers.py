@@ -22,6 +22,8 @@ class SchedulerKind:
 
 SCHEDULERS: dict[str, SchedulerKind] = {
     "ddim": SchedulerKind("DDIMScheduler", {}),
+    # The timesteps of a student whose steps were distilled, from the last one down to the clean end.
+    "ddim-trailing": SchedulerKind("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True}),
     "ddpm": SchedulerKind("DDPMScheduler", {}),
     "dpmsolver++": SchedulerKind("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "euler": SchedulerKind("EulerDiscreteScheduler", {}),
