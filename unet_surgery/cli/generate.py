@@ -64,8 +64,8 @@ def generate(
         typer.Option(
             "--scheduler",
             "-s",
-            help="ddim, ddim-trailing, ddpm, dpmsolver++, euler, euler-a, heun, lcm, pndm, unipc, or a class of diffusers. "
-            "Default: the model's.",
+            help="ddim, ddim-trailing, ddpm, dpmsolver++, euler, euler-a, heun, lcm, pndm, unipc, or a class "
+            "of diffusers. Default: the model's.",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: 25.")] = None,
