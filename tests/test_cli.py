@@ -28,6 +28,7 @@ COMMANDS = [
     "transplant",
     "convert",
     "cache",
+    "generate",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from unet_surgery.data.cache import CacheResult, make_cache
     from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
+    from unet_surgery.evaluate.generate import GenerateResult, generate
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
@@ -50,6 +51,7 @@ _HOMES = {
     "ExportResult": "unet_surgery.api",
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
+    "GenerateResult": "unet_surgery.evaluate.generate",
     "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
@@ -64,6 +66,7 @@ _HOMES = {
     "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
+    "generate": "unet_surgery.evaluate.generate",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
@@ -81,6 +84,7 @@ __all__ = [
     "ControlNetResult",
     "ConvertResult",
     "ExportResult",
+    "GenerateResult",
     "LatentCache",
     "ModelReport",
     "PruneResult",
@@ -96,6 +100,7 @@ __all__ = [
     "convert",
     "draw",
     "export",
+    "generate",
     "inspect_model",
     "load_recipe",
     "load_unet",

@@ -15,6 +15,7 @@ from unet_surgery.cli.distill import distill
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
 from unet_surgery.cli.export import export
+from unet_surgery.cli.generate import generate
 from unet_surgery.cli.inspect import inspect
 from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
@@ -65,6 +66,7 @@ app.command()(controlnet)
 app.command()(transplant)
 app.command()(convert)
 app.command()(cache)
+app.command()(generate)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 
