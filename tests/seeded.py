@@ -34,8 +34,9 @@ CLIP_CONFIG: dict[str, Any] = {
 """In the form of ViT-g-14's, with its odd widths of heads and MLPs; the vocabulary's size is filled in."""
 
 MERGES = (
-    "t h", "th e</w>", "h o", "ho u", "s e</w>", "hou se</w>", "r e", "re d</w>", "l a", "k e</w>", "la ke</w>", "o f</w>",
-    "p h", "ph o", "pho t", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>", "a n", "an d</w>", "' s</w>", "1 2",
+    "t h", "th e</w>", "h o", "ho u", "s e</w>", "hou se</w>", "r e", "re d</w>", "l a", "k e</w>", "la ke</w>",
+    "o f</w>", "p h", "ph o", "pho t", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>", "a n", "an d</w>", "' s</w>",
+    "1 2",
 )  # fmt: skip
 
 CAPTIONS = (

@@ -28,6 +28,8 @@ COMMANDS = [
     "transplant",
     "convert",
     "cache",
+    "score",
+    "stats",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

@@ -39,6 +39,10 @@ def test_public_names_are_complete_and_resolve() -> None:
         "convert",
         "make_cache",
         "LatentCache",
+        "score",
+        "ScoreReport",
+        "make_statistics",
+        "add_scores",
         "SurgeryPlan",
         "SurgeryError",
     }

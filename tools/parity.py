@@ -51,24 +51,25 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
-    _declare_operators()
+    operators = _declare_operators()  # which end with what declared them
     _lend_vocabulary()
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
         os.environ["TORCH_HOME"] = str(folder)
         goldens = {"versions": {library: importlib.metadata.version(library) for library in LIBRARIES}}
         goldens |= inception(folder) | distances() | clip(folder)
+    del operators
     path = ROOT / "tests" / "goldens" / "scores.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(goldens, indent=1) + "\n", "utf-8")
-    print(path)
+    sys.stdout.write(f"{path}\n")
 
 
-def _declare_operators() -> None:
-    global _operators  # noqa: PLW0603  # a library's declarations end with it
-    _operators = torch.library.Library("torchvision", "DEF")
+def _declare_operators() -> torch.library.Library:
+    library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        _operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _lend_vocabulary() -> None:

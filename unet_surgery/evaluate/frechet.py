@@ -80,7 +80,7 @@ def frechet_distance(
     """
     root_a_DD = _root(sigma_a_DD.astype(np.float64))
     inner_DD = (root_a_DD @ sigma_b_DD @ root_a_DD).astype(np.float64)
-    values_D: Values = np.linalg.eigvalsh((inner_DD + inner_DD.T) / 2)
+    values_D = np.linalg.eigvalsh((inner_DD + inner_DD.T) / 2)
     _check_positive(values_D)
     roots = np.sqrt(np.clip(values_D, 0, None)).sum()
     apart = mu_a_D.astype(np.float64) - mu_b_D.astype(np.float64)
@@ -94,6 +94,6 @@ def _root(sigma_DD: Values) -> Values:
     return root
 
 
-def _check_positive(values_D: Values) -> None:
+def _check_positive(values_D: NDArray[np.floating[Any]]) -> None:
     if values_D[0] < -MOST_NEGATIVE * abs(values_D[-1]):
         raise ValueError(f"a covariance has the eigenvalue {values_D[0]:.3g}, the largest being {values_D[-1]:.3g}")
