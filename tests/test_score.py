@@ -47,7 +47,7 @@ GOLDENS: dict[str, Any] = json.loads((Path(__file__).parent / "goldens" / "score
 ASCII = [index for index, text in enumerate(seeded.CAPTIONS) if text.isascii() and "&" not in text]
 # Convolutions of other libraries' builds add in another order.
 FEATURE_TOLERANCE = 1e-5
-SMALL = 8
+SMALL = 10
 HASH = "0" * 64
 
 
@@ -129,9 +129,9 @@ def test_the_tensors_are_those_of_pytorch_fids_file() -> None:
 
 @pytest.mark.parametrize("row", GOLDENS["inception"], ids=lambda row: "×".join(map(str, row["size"])))
 def test_features_are_both_libraries_own(net: FidInception, row: dict[str, Any]) -> None:
-    pictures_B3HW = torch.from_numpy(seeded.pictures(4, *row["size"])).permute(0, 3, 1, 2)
+    pictures = torch.from_numpy(seeded.pictures(4, *row["size"])).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        first, second = (net(resized(pictures_B3HW, how)) for how in ("pytorch-fid", "torch-fidelity"))  # type: ignore[arg-type]
+        first, second = (net(resized(pictures, how)) for how in ("pytorch-fid", "torch-fidelity"))  # type: ignore[arg-type]
         found = {"pytorch_fid": first, "torch_fidelity": second, "logits": net.logits(second)}
     for name, values in found.items():
         golden = np.array(row[name]["values"])
@@ -161,7 +161,7 @@ def test_weights_that_are_not_the_networks_are_named(tensors: dict[str, torch.Te
 @pytest.mark.parametrize("row", GOLDENS["frechet"], ids=lambda row: f"{row['count']} of {row['size']}")
 def test_the_frechet_distance_is_pytorch_fids(row: dict[str, Any]) -> None:
     sets = [seeded.gaussian(row["count"], row["size"], seed) for seed in (1, 2)]
-    # scipy's sqrtm of a singular product, which it meets with fewer rows than columns, is good to seven digits
+    # scipy's sqrtm of a singular product, which it meets with fewer rows than columns, is good to half the digits
     assert _distance(*sets) == pytest.approx(row["value"], rel=1e-7 if row["count"] < row["size"] else 1e-11)
 
 
@@ -173,7 +173,7 @@ def test_the_frechet_distance_is_exact_where_covariances_are_singular(count: int
     nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     apart = first.mean(axis=0) - second.mean(axis=0)
     exact = apart @ apart + ((a**2).sum() + (b**2).sum() - 2 * nuclear) / (count - 1)
-    assert _distance(first, second) == pytest.approx(exact, rel=1e-10)
+    assert _distance(first, second) == pytest.approx(exact, rel=1e-13)
 
 
 @given(
@@ -187,8 +187,8 @@ def test_the_frechet_distance_of_diagonal_gaussians(a: list[float], b: list[floa
     sigma_a, sigma_b = (turn @ np.diag(values) @ turn.T for values in (a, b))
     mu, zero = np.array(mean), np.zeros(3)
     exact = float((mu**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum())
-    assert frechet_distance(mu, sigma_a, zero, sigma_b) == pytest.approx(exact, abs=3e-7)
-    assert frechet_distance(zero, sigma_b, mu, sigma_a) == pytest.approx(exact, abs=3e-7)
+    assert frechet_distance(mu, sigma_a, zero, sigma_b) == pytest.approx(exact, abs=2e-6)
+    assert frechet_distance(zero, sigma_b, mu, sigma_a) == pytest.approx(exact, abs=2e-6)
 
 
 def test_a_matrix_that_is_no_covariance_is_refused() -> None:
@@ -575,10 +575,10 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
 def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_path: Path) -> None:
     """Statistics, then scores against them: what the network's features give by hand."""
     for name, seed in (("real", 1), ("drawn", 2)):
-        seeded.write_pictures(tmp_path / name, seeded.pictures(10, 48, 48, seed))
+        seeded.write_pictures(tmp_path / name, seeded.pictures(SMALL, 48, 48, seed))
     path = tmp_path / "stats.npz"
     made = make_statistics(tmp_path / "real", path, inception=weights.path, weights_sha256=weights.sha256)
-    assert (made.count, made.resolution, made.name) == (10, (48, 48), "real")
+    assert (made.count, made.resolution, made.name) == (SMALL, (48, 48), "real")
     seen: list[tuple[int, int]] = []
     report = score(
         tmp_path / "drawn",
@@ -586,10 +586,10 @@ def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_pat
         reference=path,
         inception=weights.path,
         weights_sha256=weights.sha256,
-        batch=4,
+        batch=5,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    assert seen == [(5, SMALL), (SMALL, SMALL)]
     distance, spread = report.scores
     # with these weights it is not FID, and is not called so
     assert (distance.metric, spread.metric) == ("frechet-distance", "exp-class-information")
@@ -597,19 +597,19 @@ def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_pat
     with torch.inference_mode():
         first, second = (
             net(
-                resized(torch.from_numpy(seeded.pictures(10, 48, 48, seed)).permute(0, 3, 1, 2), "pytorch-fid")
+                resized(torch.from_numpy(seeded.pictures(SMALL, 48, 48, seed)).permute(0, 3, 1, 2), "pytorch-fid")
             ).double()
             for seed in (1, 2)
         )
     a, b = ((values - values.mean(dim=0)).numpy() for values in (first, second))
     nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    exact = (
-        float(((first.mean(dim=0) - second.mean(dim=0)) ** 2).sum()) + ((a**2).sum() + (b**2).sum() - 2 * nuclear) / 9
-    )
+    exact = float(((first.mean(dim=0) - second.mean(dim=0)) ** 2).sum()) + (
+        (a**2).sum() + (b**2).sum() - 2 * nuclear
+    ) / (SMALL - 1)
     assert distance.value == pytest.approx(exact, rel=1e-4)
     protocol = distance.protocol
     assert protocol["weights"] == {"name": "seeded.pth", "sha256": weights.sha256, "published": False}
-    assert protocol["reference"]["count"] == protocol["count"] == 10
+    assert protocol["reference"]["count"] == protocol["count"] == SMALL
     assert protocol["reference"]["sha256"] == _sha256(path)
     assert protocol["resolution"] == protocol["reference"]["resolution"] == [48, 48]
     assert report.warnings[0].startswith("10 pictures are few")
@@ -752,7 +752,7 @@ def test_the_command_line_scores_and_writes_the_card(toy_folder: Path, tmp_path:
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.endswith("\n---\n\n# A model\n\nWhat stands here stays.\n")
     assert "exists" in tool(*words, code=4)[1]
-    tool(*words, "--force", "-q")
+    add_scores(tmp_path / "model", data)
     assert (tmp_path / "model" / "README.md").read_text() == card
 
 
@@ -804,8 +804,9 @@ def test_the_card_replaces_its_own_scores_and_keeps_others(tmp_path: Path) -> No
         assert add_scores(tmp_path, made) == 1
     results = ModelCard.load(path).data.eval_results
     assert results is not None
-    assert sorted((r.metric_value, (r.dataset_args or {}).get("steps")) for r in results) == [
-        (13.05, None), (16.5, 25), (20.0, 8)
+    drawn = "30000 pictures of 256×256, scheduler PNDMScheduler, steps {}, guidance 7.5, seed 1"
+    assert sorted((r.metric_value, r.dataset_config) for r in results) == [
+        (13.05, None), (16.5, drawn.format(25)), (20.0, drawn.format(8))
     ]  # fmt: skip
     before = path.read_bytes()
     add_scores(tmp_path, scores(16.5))

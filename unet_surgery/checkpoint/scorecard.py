@@ -113,18 +113,20 @@ def _results(scores: Mapping[str, Any]) -> list[EvalResult]:
                 "reference": (protocol["reference"] or {}).get("name"),
                 "unet_surgery": scores["unet_surgery"],
             }
+            width, height = protocol["resolution"]
+            told = [f"{protocol['count']} pictures of {width}×{height}", *(f"{k} {v}" for k, v in settings.items())]
             found.append(
                 EvalResult(
                     task_type=TASK,
                     dataset_type=re.sub(r"[^a-z0-9]+", "-", str(prompts).lower()).strip("-") or "prompts",
                     dataset_name=escaped(str(prompts)),
-                    dataset_args={"count": protocol["count"], "resolution": protocol["resolution"], **settings},
+                    dataset_config=escaped(", ".join(told)),
                     metric_type=_metric(score["metric"]),
                     metric_value=_number(score["value"]),
                     metric_args={key: value for key, value in arguments.items() if value is not None},
                 )
             )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError("these are no scores of unet-surgery", found=printable(repr(error))) from error
     if not found:
         raise DataError("there are no scores to write")
@@ -144,6 +146,5 @@ def _number(value: Any) -> float:
 
 
 def _key(result: EvalResult) -> tuple[str, ...]:
-    """Return what two results have in common when one replaces the other."""
-    of_dataset = (result.dataset_type, repr(sorted((result.dataset_args or {}).items())))
-    return (result.task_type, *of_dataset, result.metric_type)
+    """Return what two results have in common when one replaces the other; the first three make the library's groups."""
+    return (result.task_type, result.dataset_type, result.dataset_config or "", result.metric_type)

@@ -70,11 +70,11 @@ def score(
     """
     import json
 
+    if out is not None:
+        _refuse_early(out, force=force)
     from unet_surgery.checkpoint.scorecard import add_scores
     from unet_surgery.evaluate.score import score as run
 
-    if out is not None:
-        _refuse_early(out, force=force)
     with progress_bar("scoring", quiet, of_bytes=False) as progress:
         report = run(
             images,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -200,8 +201,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == SAFETENSORS:
             stored: Any = load_file(path)
         else:
-            # Old files are no zip archives, and those cannot be mapped.
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            with warnings.catch_warnings():  # of formats that it reads all the same
+                warnings.simplefilter("ignore")
+                # Old files are no zip archives, and those cannot be mapped.
+                stored = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (
         pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError,
         OSError, SafetensorError,
