@@ -51,7 +51,7 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore")
-    operators = _declare_operators()  # which end with what declared them
+    operators = declare_operators()  # which end with what declared them
     _lend_vocabulary()
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
@@ -65,7 +65,7 @@ def main() -> None:
     sys.stdout.write(f"{path}\n")
 
 
-def _declare_operators() -> torch.library.Library:
+def declare_operators() -> torch.library.Library:
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

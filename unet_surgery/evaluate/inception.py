@@ -58,6 +58,11 @@ def resized(pictures_B3HW: torch.Tensor, how: Resize, dtype: torch.dtype = torch
     return (_between_corners(across, -2) - 128) / 128
 
 
+def _channels_last(pictures: torch.Tensor) -> torch.Tensor:
+    """Return the same values in the order of memory in which convolutions are fastest, by half on a CPU."""
+    return pictures.contiguous(memory_format=torch.channels_last)
+
+
 def _between_corners(values: torch.Tensor, axis: int) -> torch.Tensor:
     size = values.shape[axis]
     # Positions in fp32 whatever the values are: it is what TensorFlow did.
@@ -85,11 +90,11 @@ class FidInception(nn.Module):  # type: ignore[misc]  # torch is not followed
         for name, unit in _units().items():
             self.units[_key(name)] = _folded(tensors, name, unit)
         self.class_weights = nn.Parameter(tensors["fc.weight"].double(), requires_grad=False)
-        self.to(dtype).eval().requires_grad_(False)
+        self.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """Return pool3 features [B, 2048] of what :func:`resized` gives."""
-        x = pictures
+        x = _channels_last(pictures)
         for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"):
             x = self._run(name, x)
         x = functional.max_pool2d(x, 3, 2)
