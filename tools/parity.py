@@ -101,9 +101,9 @@ def inception(folder: Path) -> dict[str, Any]:
     )
     rows = []
     for width, height in seeded.SIZES:
-        values = seeded.pictures(4, width, height)
+        values = seeded.pictures(2, width, height)
         paths = seeded.write_pictures(folder / f"{width}x{height}", values)
-        pool3_first = fid_score.get_activations(paths, theirs.eval(), 4, 2048, "cpu", 0)
+        pool3_first = fid_score.get_activations(paths, theirs.eval(), 2, 2048, "cpu", 0)
         pool3_second, class_scores = other(torch.from_numpy(values).permute(0, 3, 1, 2))
         rows.append({
             "size": [width, height],
