@@ -20,6 +20,7 @@ import pytest
 import seeded
 import torch
 import yaml
+from hub_server import HubStandIn, client_in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -373,6 +374,29 @@ def test_missing_weights_say_which_file_from_where_and_the_option(
         find_weights(CLIP, None)
     with pytest.raises(TeacherError, match="there are no such weights"):
         find_weights(CLIP, tmp_path)
+
+
+def test_weights_from_their_own_repository_have_the_metrics_name(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the real client, from a stand-in of the Hub: compared with the hash it names, cached, found offline."""
+    monkeypatch.setenv("UNET_SURGERY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("UNET_SURGERY_PATIENCE", "1")
+    hub = HubStandIn()
+    hub.add(str(CLIP.repository), clip_folder)
+    with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "home"):
+        found = find_weights(CLIP, None)
+        assert (found.published, found.name) == (True, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K")
+        assert found.sha256 == _sha256(clip_folder / "open_clip_pytorch_model.bin")
+        assert found.beside("merges.txt") is not None
+        assert METRICS["clip"].called(found.published) == "clip"
+        (tmp_path / "pictures").mkdir()
+        seeded.write_pictures(tmp_path / "pictures", seeded.pictures(2, 28, 28))
+        write_captions(tmp_path / "pictures", ["the red house", "a dog"])
+        (scored,) = score(tmp_path / "pictures", ["clip"]).scores
+        assert scored.metric == "clip"
+    with client_in_process("http://127.0.0.1:9", tmp_path / "home"):  # where nobody listens
+        assert find_weights(CLIP, None).sha256 == found.sha256
 
 
 class _Shell:
