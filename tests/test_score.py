@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from PIL import Image
 from unet_surgery.checkpoint.scorecard import add_scores, card_with_scores
 from unet_surgery.errors import DataError, HubError, MissingExtraError, OutputError, TeacherError, UsageError
 from unet_surgery.evaluate import reference as reference_module
+from unet_surgery.evaluate import score as score_module
 from unet_surgery.evaluate.clip import Clip, cleaned, load_clip, middle_square
 from unet_surgery.evaluate.clipnames import shapes_of
 from unet_surgery.evaluate.features import Compute, inception_features
@@ -668,6 +670,26 @@ def test_references_that_do_not_fit_are_refused(few: None, weights: Weights, tmp
         score(tmp_path / "drawn", ["kid"], reference=path, inception=weights.path)
     with pytest.raises(UsageError, match="compares with a reference"):
         score(tmp_path / "drawn", ["fid"])
+
+
+def test_kid_compares_with_a_folder(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "kid", dataclasses.replace(METRICS["kid"], min_pictures=4))
+    monkeypatch.setattr(score_module, "SUBSET_SIZE", 4)
+    monkeypatch.setattr(score_module, "kernel_distance", functools.partial(kernel_distance, size=4, subsets=3))
+    features = []
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        seeded.write_pictures(folder, seeded.pictures(5, 40, 40, seed))
+        net = FidInception(read_tensors(weights.path))
+        features.append(inception_features(net, survey(folder), Compute(torch.device("cpu")), pool3=True).pool3_ND)
+    (found,) = score(
+        tmp_path / "1", ["kid"], reference=tmp_path / "2", inception=weights.path, weights_sha256=weights.sha256
+    ).scores
+    assert (found.value, found.error) == pytest.approx(kernel_distance(*features, size=4, subsets=3), rel=1e-4)
+    assert found.metric == "kernel-distance"
+    assert found.protocol["reference"] == {
+        "name": "2", "sha256": None, "count": 5, "resolution": [40, 40], "change": None
+    }  # fmt: skip
 
 
 def test_too_few_pictures_for_fid_do_not_stop_the_others(toy_folder: Path, weights: Weights) -> None:
