@@ -477,11 +477,23 @@ def test_pictures_that_cannot_be_read_are_named_and_counted(tmp_path: Path) -> N
     paths[1].unlink()
     for path in (paths[4], paths[8]):  # whole headers, half the pixels
         path.write_bytes(path.read_bytes()[:3000])
+    got: list[Any] = []
     with pytest.raises(DataError, match=r"(?s)2 pictures cannot be read.*00004\.png \(truncated.*00008\.png"):
-        got = []
-        for part in batches(survey(tmp_path), 2):
-            got.append(part)  # noqa: PERF402  # a comprehension would lose what came before the error
+        got.extend(batches(survey(tmp_path), 2))
     assert len(got) == 1  # nothing comes after the first that is broken: a network would run for nothing
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_references_are_made_as_bk_sdms(tmp_path: Path, mode: str) -> None:
+    """Its script: Image.open(…).resize((side, side)).save("….jpg"), which pytorch-fid then opens."""
+    (tmp_path / "raw").mkdir()
+    Image.fromarray(seeded.pictures(1, 90, 70)[0]).convert(mode).save(tmp_path / "raw" / "a.jpg", quality=95)
+    with Image.open(tmp_path / "raw" / "a.jpg") as image:
+        image.resize((48, 48)).save(tmp_path / "theirs.jpg")
+    with Image.open(tmp_path / "theirs.jpg") as image:
+        theirs = np.array(image.convert("RGB"))
+    (ours,) = batches(survey(tmp_path / "raw", change=Change(48, 75)), 1)
+    assert (ours[0] == theirs).all()
 
 
 def test_a_bomb_and_16_bits_are_refused(tmp_path: Path) -> None:

@@ -275,4 +275,6 @@ def _tokenizer(weights: Weights, config: dict[str, Any]) -> Any:
             found=f"{len(tokens)} tokens",
         )
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    return transformers.CLIPTokenizer(str(vocabulary), str(merges), pad_token="<|endoftext|>", **special)  # noqa: S106
+    # Before transformers 5, CLIPTokenizer without ftfy cut words where open_clip does not.
+    kind = getattr(transformers, "CLIPTokenizerFast", transformers.CLIPTokenizer)
+    return kind(str(vocabulary), str(merges), pad_token="<|endoftext|>", **special)  # noqa: S106

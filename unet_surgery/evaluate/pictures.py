@@ -50,13 +50,15 @@ class Change:
         if self.side is None and self.jpeg is None:
             return picture
         image = Image.fromarray(picture)
+        if (picture == picture[..., :1]).all():  # grey pictures stay so: JPEG stores them in another way
+            image = image.convert("L")
         if self.side is not None:
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         if self.jpeg is not None:
             stored = io.BytesIO()
             image.save(stored, "JPEG", quality=self.jpeg)
             image = Image.open(stored)
-        return np.array(image, dtype=np.uint8)
+        return np.array(image.convert("RGB"), dtype=np.uint8)
 
     @property
     def words(self) -> str | None:
