@@ -50,7 +50,7 @@ GOLDENS: dict[str, Any] = json.loads((Path(__file__).parent / "goldens" / "score
 ASCII = [index for index, text in enumerate(seeded.CAPTIONS) if text.isascii() and "&" not in text]
 # Convolutions of other libraries' builds add in another order.
 FEATURE_TOLERANCE = 1e-5
-SMALL = 10
+SMALL = 4
 HASH = "0" * 64
 
 
@@ -622,17 +622,16 @@ def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_pat
     seen: list[tuple[int, int]] = []
     report = score(
         tmp_path / "drawn",
-        ["fid", "is"],
+        ["fid"],
         reference=path,
         inception=weights.path,
         weights_sha256=weights.sha256,
-        batch=5,
+        batch=3,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(5, SMALL), (SMALL, SMALL)]
-    distance, spread = report.scores
-    # with these weights it is not FID, and is not called so
-    assert (distance.metric, spread.metric) == ("frechet-distance", "exp-class-information")
+    assert seen == [(3, SMALL), (SMALL, SMALL)]
+    (distance,) = report.scores
+    assert distance.metric == "frechet-distance"  # with these weights it is not FID, and is not called so
     net = FidInception(read_tensors(weights.path))
     with torch.inference_mode():
         first, second = (
@@ -652,7 +651,7 @@ def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_pat
     assert protocol["reference"]["count"] == protocol["count"] == SMALL
     assert protocol["reference"]["sha256"] == _sha256(path)
     assert protocol["resolution"] == protocol["reference"]["resolution"] == [48, 48]
-    assert report.warnings[0].startswith("10 pictures are few")
+    assert report.warnings[0].startswith("4 pictures are few")
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -686,9 +685,11 @@ def test_references_that_do_not_fit_are_refused(few: None, weights: Weights, tmp
         score(tmp_path / "drawn", ["fid"])
 
 
-def test_kid_compares_with_a_folder(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_and_kid_of_folders(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "kid", dataclasses.replace(METRICS["kid"], min_pictures=4))
+    monkeypatch.setitem(METRICS, "is", dataclasses.replace(METRICS["is"], min_pictures=4))
     monkeypatch.setattr(score_module, "SUBSET_SIZE", 4)
+    monkeypatch.setattr(score_module, "inception_score", functools.partial(inception_score, splits=2))
     monkeypatch.setattr(score_module, "kernel_distance", functools.partial(kernel_distance, size=4, subsets=3))
     features = []
     for seed in (1, 2):
@@ -696,11 +697,14 @@ def test_kid_compares_with_a_folder(weights: Weights, tmp_path: Path, monkeypatc
         seeded.write_pictures(folder, seeded.pictures(5, 40, 40, seed))
         net = FidInception(read_tensors(weights.path))
         features.append(inception_features(net, survey(folder), Compute(torch.device("cpu")), pool3=True).pool3_ND)
-    (found,) = score(
-        tmp_path / "1", ["kid"], reference=tmp_path / "2", inception=weights.path, weights_sha256=weights.sha256
+    found, spread = score(
+        tmp_path / "1", ["kid", "is"], reference=tmp_path / "2", inception=weights.path, weights_sha256=weights.sha256
     ).scores
     assert (found.value, found.error) == pytest.approx(kernel_distance(*features, size=4, subsets=3), rel=1e-4)
-    assert found.metric == "kernel-distance"
+    logits = net.logits(torch.from_numpy(features[0]))
+    assert (spread.value, spread.error) == pytest.approx(inception_score(logits, splits=2), rel=1e-4)
+    assert (found.metric, spread.metric) == ("kernel-distance", "exp-class-information")
+    assert spread.protocol["reference"] is None
     assert found.protocol["reference"] == {
         "name": "2", "sha256": None, "count": 5, "resolution": [40, 40], "change": None
     }  # fmt: skip
