@@ -29,6 +29,8 @@ COMMANDS = [
     "convert",
     "cache",
     "generate",
+    "score",
+    "stats",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

@@ -40,6 +40,10 @@ def test_public_names_are_complete_and_resolve() -> None:
         "make_cache",
         "generate",
         "LatentCache",
+        "score",
+        "ScoreReport",
+        "make_statistics",
+        "add_scores",
         "SurgeryPlan",
         "SurgeryError",
     }
