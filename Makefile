@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo demo-surgery ablation test test-extra check format bench clean
+.PHONY: help install dev demo demo-surgery ablation test test-extra parity check format bench clean
 
 help:
 	@echo "make install     .venv with the tool at .venv/bin/unet-surgery"
@@ -12,6 +12,7 @@ help:
 	@echo "make demo-surgery   prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
 	@echo "make ablation    what each term of the loss is good for, on the toy world, and a longer run (two hours)"
 	@echo "make test        the tests"
+	@echo "make parity      golden numbers of the libraries that published scores came from, in an environment of their own"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
 
@@ -44,6 +45,15 @@ test: .venv/.dev
 test-extra: .venv/.dev
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=extra $(BIN)/python -m pytest -n 2 -rs
 
+# All exact, and without what they ask for besides: hpsv2 wants an old pytest.
+.venv-parity/.made: parity-constraints.txt
+	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps setuptools -r parity-constraints.txt
+	touch $@
+
+parity: .venv-parity/.made
+	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py
+
 check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -67,4 +77,4 @@ ablation: .venv/.tool
 	$(BIN)/python benchmarks/longer_run.py
 
 clean:
-	rm -rf .venv $(DEMO) $(DEMO)-surgery local-ablation local-longer
+	rm -rf .venv .venv-parity $(DEMO) $(DEMO)-surgery local-ablation local-longer

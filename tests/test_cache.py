@@ -647,16 +647,16 @@ def test_the_command_with_two_processes_makes_the_same_cache(pictures: Path, who
 
 
 def test_parts_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    from unet_surgery.cli.cache import _part
+    from unet_surgery.cli.processes import part_of_work
 
-    assert [_part(text) for text in (None, "1/1", "1/4", "4/4")] == [(0, 1), (0, 1), (0, 4), (3, 4)]
+    assert [part_of_work(text) for text in (None, "1/1", "1/4", "4/4")] == [(0, 1), (0, 1), (0, 4), (3, 4)]
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert _part(None) == (2, 8)
-    assert _part("1/2") == (0, 2)  # what is said outweighs the environment
+    assert part_of_work(None) == (2, 8)
+    assert part_of_work("1/2") == (0, 2)  # what is said outweighs the environment
     for wrong in ("0/4", "5/4", "4", "a/b", "/", "-1/4", "1/0"):
         with pytest.raises(UsageError):
-            _part(wrong)
+            part_of_work(wrong)
 
 
 def test_settings_survive_json() -> None:

@@ -28,6 +28,9 @@ COMMANDS = [
     "transplant",
     "convert",
     "cache",
+    "generate",
+    "score",
+    "stats",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

@@ -38,7 +38,12 @@ def test_public_names_are_complete_and_resolve() -> None:
         "transplant",
         "convert",
         "make_cache",
+        "generate",
         "LatentCache",
+        "score",
+        "ScoreReport",
+        "make_statistics",
+        "add_scores",
         "SurgeryPlan",
         "SurgeryError",
     }

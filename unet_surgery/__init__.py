@@ -36,9 +36,14 @@ if TYPE_CHECKING:
         transplant,
     )
     from unet_surgery.checkpoint.check import CheckReport
+    from unet_surgery.checkpoint.scorecard import add_scores
     from unet_surgery.data.cache import CacheResult, make_cache
     from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
+    from unet_surgery.evaluate.generate import GenerateResult, generate
+    from unet_surgery.evaluate.metrics import ScoreReport
+    from unet_surgery.evaluate.reference import make_statistics
+    from unet_surgery.evaluate.score import score
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
@@ -50,27 +55,33 @@ _HOMES = {
     "ExportResult": "unet_surgery.api",
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
+    "GenerateResult": "unet_surgery.evaluate.generate",
     "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
     "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
+    "ScoreReport": "unet_surgery.evaluate.metrics",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
     "TransplantResult": "unet_surgery.api",
     "VerifyReport": "unet_surgery.runtime",
+    "add_scores": "unet_surgery.checkpoint.scorecard",
     "check": "unet_surgery.api",
     "controlnet": "unet_surgery.api",
     "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
+    "generate": "unet_surgery.evaluate.generate",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
     "make_cache": "unet_surgery.data.cache",
+    "make_statistics": "unet_surgery.evaluate.reference",
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
     "push": "unet_surgery.api",
+    "score": "unet_surgery.evaluate.score",
     "transplant": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
@@ -81,28 +92,34 @@ __all__ = [
     "ControlNetResult",
     "ConvertResult",
     "ExportResult",
+    "GenerateResult",
     "LatentCache",
     "ModelReport",
     "PruneResult",
     "PushResult",
     "Recipe",
+    "ScoreReport",
     "SurgeryError",
     "SurgeryPlan",
     "TransplantResult",
     "VerifyReport",
     "__version__",
+    "add_scores",
     "check",
     "controlnet",
     "convert",
     "draw",
     "export",
+    "generate",
     "inspect_model",
     "load_recipe",
     "load_unet",
     "make_cache",
+    "make_statistics",
     "plan",
     "prune",
     "push",
+    "score",
     "transplant",
     "verify",
 ]

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from unet_surgery.data.toy import Split, scenes_of
 from unet_surgery.errors import SurgeryError
+from unet_surgery.evaluate.toy import shares, verdicts
 from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.runtime.load import load_unet
 from unet_surgery.runtime.parts import Parts, load_parts
 from unet_surgery.sample.draw import sample
 from unet_surgery.sample.interval import wilson
-from unet_surgery.toyworld.checker import Verdict, judge
+from unet_surgery.toyworld.checker import Verdict
 from unet_surgery.toyworld.dice import integers
 from unet_surgery.toyworld.grammar import caption, parse
 
@@ -124,26 +125,24 @@ def tally(pictures: NDArray[np.uint8], captions: Sequence[str]) -> dict[str, Any
     Raises:
         ValueError: not one caption a picture.
     """
-    verdicts = [judge(picture, text) for picture, text in zip(pictures, captions, strict=True)]
+    found = verdicts(pictures, captions)
     num_things = [len(parse(text).things) for text in captions]
     kinds: Mapping[str, set[int]] = {"all": {1, 2}, "one": {1}, "two": {2}}
     return {
-        kind: _summary([verdict for verdict, num in zip(verdicts, num_things, strict=True) if num in nums])
+        kind: _summary([verdict for verdict, num in zip(found, num_things, strict=True) if num in nums])
         for kind, nums in kinds.items()
         if any(num in nums for num in num_things)
     }
 
 
-def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    right = sum(verdict.right for verdict in verdicts)
+def _summary(found: Sequence[Verdict]) -> dict[str, Any]:
+    right = sum(verdict.right for verdict in found)
     return {
-        "pictures": len(verdicts),
+        "pictures": len(found),
         "num_right": right,
-        "right": right / len(verdicts),
-        "interval": wilson(right, len(verdicts)),
-        "attributes": {
-            name: float(np.mean([verdict.attributes[name] for verdict in verdicts])) for name in verdicts[0].attributes
-        },
+        "right": right / len(found),
+        "interval": wilson(right, len(found)),
+        "attributes": shares(found),
     }
 
 

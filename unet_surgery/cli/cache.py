@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unet_surgery.cli.options import TEACHER_HELP, Quiet
+from unet_surgery.cli.processes import own_device, part_of_work
 from unet_surgery.cli.sink import command, progress_bar, say, show
-from unet_surgery.errors import UsageError, printable
+from unet_surgery.errors import UsageError
 
 if TYPE_CHECKING:
     from unet_surgery.data.cache import CacheResult
@@ -71,7 +71,7 @@ def cache(
         return
     if source is None or model is None or out is None:
         raise UsageError("a source, --model and --out are needed", hint="unet-surgery cache --help")
-    index, count = _part(part)
+    index, count = part_of_work(part)
     from unet_surgery.data.cache import make_cache
 
     with progress_bar("encoding", quiet, of_bytes=False) as progress:
@@ -81,7 +81,7 @@ def cache(
             out,
             resolution=resolution,
             batch=batch,
-            device=_device(device),
+            device=own_device(device),
             dtype=dtype,
             max_bad=max_bad,
             flip=flip,
@@ -97,27 +97,6 @@ def cache(
     show(str(out))
     if not quiet:
         _tell(result)
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    """Return this process's part, counted from 0, and how many there are; torchrun and accelerate say it by RANK."""
-    if text is None:
-        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UsageError("--part is not a part", expected="i/n, such as 1/4", found=printable(text))
-    return int(index) - 1, int(count)
-
-
-def _device(device: str) -> str:
-    """Give each process of a launcher the GPU that it is meant to use."""
-    rank = os.environ.get("LOCAL_RANK", "")
-    if device not in ("auto", "cuda") or not rank.isdecimal():
-        return device
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else device
 
 
 def _check(folder: Path, quiet: bool) -> None:

@@ -15,12 +15,15 @@ from unet_surgery.cli.distill import distill
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
 from unet_surgery.cli.export import export
+from unet_surgery.cli.generate import generate
 from unet_surgery.cli.inspect import inspect
 from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
 from unet_surgery.cli.push import push
 from unet_surgery.cli.recipes import recipes
+from unet_surgery.cli.score import score
 from unet_surgery.cli.sink import set_debug, show
+from unet_surgery.cli.stats import stats
 from unet_surgery.cli.transplant import transplant
 from unet_surgery.cli.verify import verify
 
@@ -65,6 +68,9 @@ app.command()(controlnet)
 app.command()(transplant)
 app.command()(convert)
 app.command()(cache)
+app.command()(generate)
+app.command()(score)
+app.command()(stats)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

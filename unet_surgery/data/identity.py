@@ -11,20 +11,24 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE, choose_weights, component_files, component_weights
 from unet_surgery.checkpoint.reader import open_weights
 
-__all__ = ["tokenizer_sha256", "vae_sha256"]
+__all__ = ["network_sha256", "tokenizer_sha256", "vae_sha256"]
 
 BLOCK_BYTES = 8 << 20
 
 
 def vae_sha256(pipeline: Path) -> str:
-    """Return the sha256 of a pipeline's VAE: its config but for remarks (``_…``), and every tensor by name.
+    """Return the sha256 of a pipeline's VAE, as :func:`network_sha256`."""
+    return network_sha256(pipeline / "vae")
 
-    So a copy in other shards, or under a variant's name, is the same VAE; another dtype is not.
+
+def network_sha256(folder: Path) -> str:
+    """Return the sha256 of a network's folder: its config but for remarks (``_…``), and every tensor by name.
+
+    So a copy in other shards, or under a variant's name, is the same network; another dtype is not.
 
     Raises:
         TeacherError: a file is missing or damaged.
     """
-    folder = pipeline / "vae"
     config = {key: value for key, value in read_object(folder / "config.json").items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     names = os.listdir(folder)

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from unet_surgery.checkpoint.components import check_inside
 from unet_surgery.checkpoint.jsonfile import read_regular
@@ -92,10 +93,18 @@ class FolderSource:
         return self._names[index]
 
     def read(self, index: int) -> RawSample:
+        name, caption = self.entry(index)
+        return RawSample(name, caption, _read_inside(self._root, name))
+
+    def entry(self, index: int) -> tuple[str, Any]:
+        """Return the picture's name and its caption, whatever that is, without reading the picture.
+
+        Raises:
+            BadSampleError: the row is broken.
+        """
         if index in self._broken:
             raise self._broken[index].refuse()
-        name = self._names[index]
-        return RawSample(name, json.loads(self._captions[index]), _read_inside(self._root, name))
+        return self._names[index], json.loads(self._captions[index])
 
 
 def _read_inside(root: Path, name: str) -> bytes:

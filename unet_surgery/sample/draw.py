@@ -9,10 +9,8 @@ Shapes: B pictures, C latent channels, H × W their latents' sides, T tokens, D 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,38 +18,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unet_surgery.errors import UsageError, VerificationError, printable
+from unet_surgery.errors import UsageError, VerificationError
 from unet_surgery.runtime.parts import Parts, encode_prompts, pixels_per_latent
+from unet_surgery.sample.schedulers import SCHEDULERS, SchedulerKind, make_scheduler
+from unet_surgery.sample.start import Source, Start, generators, start_from, start_noise
 
-__all__ = ["SCHEDULERS", "SchedulerKind", "decode", "generators", "make_scheduler", "sample", "start_noise"]
-
-NUM_SEEDS = 1 << 32  # torch's CPU generator looks at 32 bits of its seed
+__all__ = [
+    "SCHEDULERS",
+    "Sampling",
+    "SchedulerKind",
+    "check_unet",
+    "decode",
+    "draw_batch",
+    "generators",
+    "latent_sides",
+    "make_scheduler",
+    "sample",
+    "start_noise",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerKind:
-    """A sampler: the name of its class in diffusers, and what it sets beside the model's own scheduler_config.json."""
+class Sampling:
+    """How pictures are drawn: what ``sample`` says of these arguments; (C, H, W) is the shape of a picture's latents.
 
-    class_name: str
-    options: Mapping[str, Any]
+    ``scheduler`` is one that :func:`make_scheduler` made, begun anew for each batch; ``uncond_1TD`` is the embedding of
+    the negative prompt, None without guidance.
+    """
 
-
-SCHEDULERS: dict[str, SchedulerKind] = {
-    "ddim": SchedulerKind("DDIMScheduler", {}),
-    # The timesteps of a student whose steps were distilled, from the last one down to the clean end.
-    "ddim-trailing": SchedulerKind("DDIMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True}),
-    "ddpm": SchedulerKind("DDPMScheduler", {}),
-    "dpmsolver++": SchedulerKind("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "euler": SchedulerKind("EulerDiscreteScheduler", {}),
-    "euler-a": SchedulerKind("EulerAncestralDiscreteScheduler", {}),
-    "heun": SchedulerKind("HeunDiscreteScheduler", {}),
-    "lcm": SchedulerKind("LCMScheduler", {}),
-    "pndm": SchedulerKind("PNDMScheduler", {"skip_prk_steps": True}),
-    "unipc": SchedulerKind("UniPCMultistepScheduler", {}),
-}
-
-AS_PIPELINES_DO = {"clip_sample": False, "steps_offset": 1}
-"""What StableDiffusionPipeline corrects in every scheduler it is given: latents do not lie in −1 … 1."""
+    steps: int
+    guidance: float
+    scheduler: Any
+    shape_CHW: tuple[int, int, int]
+    uncond_1TD: torch.Tensor | None
 
 
 def sample(
@@ -87,66 +86,55 @@ def sample(
     """
     numbers = list(range(len(prompts))) if indices is None else list(indices)
     config: Any = unet.config
-    _check(config, parts, prompts, numbers, steps, batch)
-    height, width = _latent_sides(config, parts.vae, size)
+    _check(prompts, numbers, steps, batch)
+    check_unet(config, parts)
+    height, width = latent_sides(config, parts.vae, size)
     shape_CHW = (parts.vae.config.latent_channels, height, width)
     factor = pixels_per_latent(parts.vae)
     pictures = np.empty((len(prompts), height * factor, width * factor, 3), dtype=np.uint8)
     with torch.no_grad(), _evaluating(unet), _precision(unet, dtype):
         uncond_1TD = encode_prompts(parts, [negative]) if guidance > 1 else None
+        how = Sampling(steps, guidance, make_scheduler(parts.scheduler_config, scheduler), shape_CHW, uncond_1TD)
         for start in range(0, len(prompts), batch):
             chosen = slice(start, min(start + batch, len(prompts)))
-            embeds_BTD = encode_prompts(parts, prompts[chosen])
-            kind = make_scheduler(parts.scheduler_config, scheduler)
-            noise = generators(seed, numbers[chosen])
-            latents_BCHW = _denoise(unet, kind, embeds_BTD, uncond_1TD, guidance, steps, noise, shape_CHW)
-            _check_finite(latents_BCHW, numbers[chosen], "latents")
-            pictures[chosen] = decode(parts.vae, latents_BCHW, batch=batch, indices=numbers[chosen])
+            pictures[chosen] = draw_batch(
+                unet, parts, how, prompts[chosen], numbers[chosen], generators(seed, numbers[chosen])
+            )
             if progress is not None:
                 progress(chosen.stop, len(prompts))
     return pictures
 
 
-def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Return the CPU generator of each prompt index under ``seed``, fresh: its first draw is the start noise.
+def draw_batch(
+    unet: Any,
+    parts: Parts,
+    how: Sampling,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    noise: Sequence[torch.Generator] | torch.Tensor,
+    source: Source | None = None,
+) -> NDArray[np.uint8]:
+    """Draw a picture of each prompt, all at once: uint8 [B, height, width, 3].
 
-    No two indices below 2³² share one under the same seed.
-    """
-    first = int.from_bytes(hashlib.blake2b(b"sample %d" % seed, digest_size=4).digest(), "big")
-    return [torch.Generator().manual_seed((first + index) % NUM_SEEDS) for index in indices]
-
-
-def start_noise(noise: Sequence[torch.Generator], shape_CHW: Sequence[int]) -> torch.Tensor:
-    """Return standard normal noise, one picture from each generator: fp32 [B, C, H, W] on the CPU."""
-    return torch.stack([torch.randn(tuple(shape_CHW), generator=generator) for generator in noise])
-
-
-def make_scheduler(config: Mapping[str, Any], name: str | None) -> Any:
-    """Return a fresh diffusers scheduler by its name in :data:`SCHEDULERS`, or the one that ``config`` names.
+    ``noise`` is a generator a picture, or, for schedulers that draw none between steps, the start noise itself.
+    The U-Net is in evaluation mode, and no graph is wanted: callers see to both. ``indices`` are for messages.
 
     Raises:
-        UsageError: there is none of that name.
+        VerificationError: a picture's latents or pixels are not finite.
     """
-    import diffusers
-
-    if name is not None and name not in SCHEDULERS:
-        close = difflib.get_close_matches(name, SCHEDULERS, n=1)
-        raise UsageError(
-            f"there is no scheduler {printable(name)}",
-            expected=", ".join(SCHEDULERS),
-            hint=f"did you mean {close[0]}?" if close else None,
-        )
-    own = str(config.get("_class_name", ""))
-    chosen = SchedulerKind(own, {}) if name is None else SCHEDULERS[name]
-    kind = getattr(diffusers, chosen.class_name, None) if chosen.class_name.endswith("Scheduler") else None
-    if kind is None or not issubclass(kind, diffusers.SchedulerMixin):
-        raise UsageError(
-            "diffusers has no scheduler of the class that the model names",
-            found=printable(own),
-            hint=f"choose one of {', '.join(SCHEDULERS)}",
-        )
-    made = kind.from_config(dict(config), **chosen.options)
-    return kind.from_config(made.config, **{key: value for key, value in AS_PIPELINES_DO.items() if key in made.config})
+    embeds_BTD = encode_prompts(parts, prompts)
+    scheduler = how.scheduler
+    scheduler.set_timesteps(how.steps)  # on the CPU, where its tables are: no step waits for the device
+    if isinstance(noise, torch.Tensor):
+        start = Start(noise.float() * scheduler.init_noise_sigma)
+    elif source is None:
+        start = Start(start_noise(noise, how.shape_CHW) * scheduler.init_noise_sigma)
+    else:
+        start = start_from(parts.vae, scheduler, how.steps, source, noise, how.shape_CHW)
+    draws = None if isinstance(noise, torch.Tensor) else list(noise)
+    latents_BCHW = _denoise(unet, scheduler, embeds_BTD, how.uncond_1TD, how.guidance, start, draws)
+    _check_finite(latents_BCHW, indices, "latents")
+    return decode(parts.vae, latents_BCHW, batch=len(prompts), indices=indices)
 
 
 def decode(
@@ -174,22 +162,27 @@ def _denoise(
     embeds_BTD: torch.Tensor,
     uncond_1TD: torch.Tensor | None,
     guidance: float,
-    steps: int,
-    noise: list[torch.Generator],
-    shape_CHW: tuple[int, int, int],
+    start: Start,
+    noise: list[torch.Generator] | None,
 ) -> torch.Tensor:
     """Return the denoised latents, fp32 [B, C, H, W]; the sampler works in fp32 whatever the U-Net's dtype."""
     place = next(unet.parameters())
-    scheduler.set_timesteps(steps, device=place.device)
-    latents_BCHW = start_noise(noise, shape_CHW).to(place.device) * scheduler.init_noise_sigma
+    latents_BCHW = start.latents_BCHW.to(place.device)
+    extra_BEHW = None if start.extra_BEHW is None else start.extra_BEHW.to(place.device)
     if uncond_1TD is not None:
         embeds_BTD = torch.cat([uncond_1TD.expand_as(embeds_BTD), embeds_BTD])
     embeds_BTD = embeds_BTD.to(place.device, place.dtype)
-    draws = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for timestep in scheduler.timesteps:
-        input_BCHW = latents_BCHW if uncond_1TD is None else torch.cat([latents_BCHW, latents_BCHW])
-        input_BCHW = scheduler.scale_model_input(input_BCHW, timestep).to(place.dtype)
-        output_BCHW = unet(input_BCHW, timestep, encoder_hidden_states=embeds_BTD, return_dict=False)[0].float()
+    takes_noise = noise is not None and "generator" in inspect.signature(scheduler.step).parameters
+    draws = {"generator": noise} if takes_noise else {}
+    timesteps = scheduler.timesteps[start.first :]
+    for timestep, there in zip(timesteps, timesteps.to(place.device), strict=True):
+        input_BCHW = scheduler.scale_model_input(latents_BCHW, timestep)
+        if extra_BEHW is not None:
+            input_BCHW = torch.cat([input_BCHW, extra_BEHW], dim=1)
+        if uncond_1TD is not None:
+            input_BCHW = torch.cat([input_BCHW, input_BCHW])
+        input_BCHW = input_BCHW.to(place.dtype)
+        output_BCHW = unet(input_BCHW, there, encoder_hidden_states=embeds_BTD, return_dict=False)[0].float()
         if uncond_1TD is not None:
             without_BCHW, with_BCHW = output_BCHW.chunk(2)
             output_BCHW = without_BCHW + guidance * (with_BCHW - without_BCHW)
@@ -219,7 +212,12 @@ def _precision(unet: torch.nn.Module, dtype: torch.dtype | None) -> contextlib.A
     return context
 
 
-def _latent_sides(config: Any, vae: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def latent_sides(config: Any, vae: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Return height and width of the latents of pictures of ``size``, a side or (height, width) in pixels.
+
+    Raises:
+        UsageError: there are none, or ``size`` is None and the U-Net's config does not say what it was trained at.
+    """
     factor = pixels_per_latent(vae)
     if size is None:
         if config.sample_size is None:
@@ -234,7 +232,32 @@ def _latent_sides(config: Any, vae: Any, size: int | tuple[int, int] | None) -> 
     return height // factor, width // factor
 
 
-def _check(config: Any, parts: Parts, prompts: Sequence[str], indices: list[int], steps: int, batch: int) -> None:
+def check_unet(config: Any, parts: Parts, *, masks: bool = False) -> None:
+    """Check that a U-Net of this config can draw with these parts: from text, or with ``masks`` as inpainting ones do.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    channels, width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
+    wanted = 2 * channels + 1 if masks else channels
+    if not masks and config.in_channels == 2 * channels + 1:
+        raise UsageError(
+            "this U-Net inpaints: it takes pictures and masks beside text",
+            found=f"{config.in_channels} channels in",
+            hint="give both: unet-surgery generate … --init FOLDER --masks FOLDER",
+        )
+    if config.in_channels != wanted or config.cross_attention_dim != width:
+        raise UsageError(
+            "the U-Net does not fit these parts",
+            expected=f"{wanted} channels in, text {width} wide",
+            found=f"{config.in_channels}, {config.cross_attention_dim}",
+            hint="masks are for inpainting U-Nets; those of other families cannot be sampled here",
+        )
+    if config.time_cond_proj_dim is not None or config.addition_embed_type is not None:
+        raise UsageError("U-Nets with conditions beside time and text cannot be sampled here")
+
+
+def _check(prompts: Sequence[str], indices: list[int], steps: int, batch: int) -> None:
     if isinstance(prompts, str):
         raise UsageError("prompts are a sequence of texts", found="one text")
     if len(indices) != len(prompts):
@@ -242,16 +265,6 @@ def _check(config: Any, parts: Parts, prompts: Sequence[str], indices: list[int]
     for what, value in (("steps", steps), ("batch", batch)):
         if value < 1:
             raise UsageError(f"{what} must be 1 or more", found=str(value))
-    channels, width = parts.vae.config.latent_channels, parts.text_encoder.config.hidden_size
-    if config.in_channels != channels or config.cross_attention_dim != width:
-        raise UsageError(
-            "the U-Net does not fit these parts",
-            expected=f"{channels} latent channels in, text {width} wide",
-            found=f"{config.in_channels}, {config.cross_attention_dim}",
-            hint="inpainting U-Nets and those of other families cannot be sampled here",
-        )
-    if config.time_cond_proj_dim is not None or config.addition_embed_type is not None:
-        raise UsageError("U-Nets with conditions beside time and text cannot be sampled here")
 
 
 def _check_finite(tensor: torch.Tensor, indices: Sequence[int], what: str) -> None:

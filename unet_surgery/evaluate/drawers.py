@@ -1,0 +1,97 @@
+"""Who draws: a model's U-Net with the parts of its own pipeline, or of another's, ready on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unet_surgery.checkpoint.check import unet_folder
+from unet_surgery.checkpoint.components import INDEX
+from unet_surgery.data.identity import network_sha256, tokenizer_sha256, vae_sha256
+from unet_surgery.errors import UsageError, printable
+from unet_surgery.hub import fetch_teacher, resolve_teacher
+from unet_surgery.runtime.load import load_unet
+from unet_surgery.runtime.parts import Parts, load_parts
+
+__all__ = ["DTYPES", "Drawer", "load_drawer"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Drawer:
+    """A model that draws. ``identity`` is what generation.json says of it: names, and hashes of contents."""
+
+    name: str
+    unet: Any
+    parts: Parts
+    identity: dict[str, Any]
+
+
+def load_drawer(
+    model: str,
+    base: str | None,
+    *,
+    fallback: str | None = None,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    channels_last: bool = False,
+) -> Drawer:
+    """Load a pipeline, or a U-Net alone with the other parts of the pipeline ``base``; ``base`` wins over own parts.
+
+    ``fallback`` brings the parts where neither does.
+
+    Raises:
+        UsageError: it is a single file, or a U-Net alone without ``base``.
+        TeacherError, HubError, VerificationError: it cannot be had, or is not whole.
+    """
+    name, folder = _folder(model, parts_only=False)
+    if base is None and not (folder / INDEX).is_file():
+        base = fallback
+    base_name, base_folder = (name, folder) if base is None else _folder(base, parts_only=True)
+    if not (base_folder / INDEX).is_file():
+        raise UsageError(
+            "this is a U-Net alone: a VAE, a text encoder and a tokenizer are needed as well",
+            where=str(base_folder),
+            expected=f"a pipeline's folder, with {INDEX}",
+            hint="name a pipeline that brings them: --base PIPELINE",
+        )
+    parts = load_parts(base_folder, device=device, dtype=dtype)  # the small part first: it may refuse
+    unet: Any = load_unet(folder).eval().requires_grad_(False)
+    unet = torch.nn.Module.to(unet, device=device, dtype=dtype)  # diffusers' own warns of nothing
+    if channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    if compiled:
+        unet.compile()
+    identity = {
+        "model": {
+            "name": name,
+            "sha256": network_sha256(unet_folder(folder)),
+            "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        },
+        "base": {
+            "name": base_name,
+            "vae": vae_sha256(base_folder),
+            "text_encoder": network_sha256(base_folder / "text_encoder"),
+            "tokenizer": tokenizer_sha256(base_folder),
+        },
+    }
+    return Drawer(name, unet, parts, identity)
+
+
+def _folder(text: str, *, parts_only: bool) -> tuple[str, Path]:
+    """Return a model's name, which is no path of this machine, and its folder, fetched where it is on the Hub."""
+    found = resolve_teacher(text)
+    if found.file is not None:
+        raise UsageError(
+            "a single file has no parts that can be used here",
+            where=printable(text),
+            expected="a folder, a Hub id or a built-in name",
+            hint="unet-surgery prune --recipe … writes a folder from it",
+        )
+    found = fetch_teacher(found, parts_only=parts_only, full=not parts_only, progress=lambda _done, _total: None)
+    return found.teacher_id or found.name, found.folder

@@ -1,0 +1,138 @@
+"""The metrics: what each needs, what it is called, and the form in which scores are kept.
+
+The name of a metric says how it was computed *and* with which weights: with others than the published ones the same
+formula is called by its general name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from unet_surgery.errors import UsageError, printable
+from unet_surgery.version import __version__
+
+__all__ = ["FORMAT", "METRICS", "Metric", "Score", "ScoreReport", "chosen_metrics"]
+
+FORMAT, FORMAT_VERSION = "unet-surgery-scores", 1
+
+Network = Literal["inception", "clip", "hps", "hps-v2.1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """``general`` is its name where the weights are not the published ones; ``error`` says what its ± is."""
+
+    name: str
+    general: str
+    network: Network | None
+    implementation: str
+    resize: str | None
+    error: str
+    min_pictures: int = 1
+    reference: Literal["none", "moments", "pictures"] = "none"
+    captions: bool = False
+
+    def called(self, published: bool) -> str:
+        return self.name if published else self.general
+
+
+CROPPED = "shorter side to the model's by PIL's bicubic, middle cut out"
+PADDED = "longer side to the model's, bicubic and antialiased in floating point, on black"
+_HPS_ERROR = "standard deviation of the means of 80 pictures each"
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "fid", "frechet-distance", "inception", "as pytorch-fid 0.3.0",
+            "bilinear to 299×299, half-pixel centres, no antialiasing", "none", 2048, "moments",
+        ),
+        Metric(
+            "is", "exp-class-information", "inception", "as torch-fidelity 0.4.0, 10 splits, shuffled with seed 2020",
+            "TensorFlow 1's bilinear to 299×299", "standard deviation over 10 splits", 10,
+        ),
+        Metric(
+            "kid", "kernel-distance", "inception",
+            "as torch-fidelity 0.4.0, 100 subsets of 1000, cubic kernel, seed 2020",
+            "TensorFlow 1's bilinear to 299×299", "standard deviation over 100 subsets", 1000, "pictures",
+        ),
+        Metric(
+            "clip", "caption-cosine", "clip", "mean cosine, as BK-SDM's script with open_clip", CROPPED,
+            "standard error of the mean", captions=True,
+        ),
+        Metric(
+            "hpsv2", "preference-cosine", "hps", "100 · mean cosine, as hpsv2 1.2.0 with its weights v2.0", PADDED,
+            _HPS_ERROR, captions=True,
+        ),
+        Metric(
+            "hpsv2.1", "preference-cosine-v2.1", "hps-v2.1", "100 · mean cosine, as hpsv2 1.2.0 with its weights v2.1",
+            PADDED, _HPS_ERROR, captions=True,
+        ),
+        Metric(
+            "toy", "toy", None, "share of pictures that the toy world's checker passes", None, "95 % Wilson interval",
+            captions=True,
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One number, its ±, and all that one has to know to compare it. ``interval`` is for what is not symmetric."""
+
+    metric: str
+    value: float
+    error: float | None
+    protocol: dict[str, Any]
+    interval: tuple[float, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        shown = {"metric": self.metric, "value": self.value, "error": self.error}
+        if self.interval is not None:
+            shown["interval"] = list(self.interval)
+        return {**shown, "protocol": self.protocol}
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """The scores of a folder of pictures. ``refused`` are the metrics that were asked for and not computed, and why."""
+
+    images: dict[str, Any]
+    scores: tuple[Score, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "unet_surgery": __version__,
+            "images": self.images,
+            "scores": [score.to_json() for score in self.scores],
+            "refused": self.refused,
+            "warnings": list(self.warnings),
+        }
+
+
+def chosen_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
+    """Return the metrics of these names, each once, in the order given.
+
+    Raises:
+        UsageError: there is none, or no such metric; offers the nearest name.
+    """
+    chosen: dict[str, Metric] = {}
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, n=1)
+            raise UsageError(
+                f"there is no metric {printable(name)!r}",
+                expected=", ".join(METRICS),
+                hint=f"did you mean {near[0]!r}?" if near else None,
+            )
+        chosen[name] = METRICS[name]
+    if not chosen:
+        raise UsageError("no metrics were named", expected=", ".join(METRICS))
+    return tuple(chosen.values())
