@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,11 +22,13 @@ from unet_surgery.errors import printable
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MAX_PICTURE_BYTES", "PictureLimits", "decode_picture"]
+__all__ = ["MAX_PICTURE_BYTES", "PictureLimits", "decode_picture", "decode_whole", "size_of_picture"]
 
 MAX_PICTURE_BYTES = 256 << 20
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is tried. PIL's other formats are for documents and science; one of them starts Ghostscript."""
+
+Found = TypeVar("Found")
 
 _CUT_SHORT = ("truncated", "not processed", "end of file", "unexpected end", "no more data", "incomplete")
 _filters = threading.Lock()
@@ -49,14 +52,52 @@ def decode_picture(data: bytes, resolution: int, limits: PictureLimits | None = 
     Raises:
         BadSampleError: it is no picture, damaged, or beyond ``limits``.
     """
-    limits = limits or PictureLimits()
+    square = _decoded(data, limits, lambda picture: _centre_square(_as_rgb(_upright(picture)), resolution))
+    return np.array(square, dtype=np.uint8)
+
+
+def decode_whole(data: bytes, limits: PictureLimits | None = None) -> NDArray[np.uint8]:
+    """Return the picture in ``data`` as it is stored, uint8 RGB [height, width, 3]: not turned, cut or resampled.
+
+    It is what scores are computed of: PIL's ``convert("RGB")``, which lets transparency go; 16-bit and
+    floating-point values, which it would clip, are refused. Safe in threads.
+
+    Raises:
+        BadSampleError: it is no picture, damaged, or beyond ``limits``.
+    """
+    return np.array(_decoded(data, limits, _as_stored), dtype=np.uint8)
+
+
+def size_of_picture(data: bytes, limits: PictureLimits | None = None) -> tuple[int, int]:
+    """Return the width and height that the header of ``data``, which may be cut short after it, tells.
+
+    Raises:
+        BadSampleError: it is no picture, or one beyond ``limits``.
+    """
+    return _guarded(data, limits, lambda picture: picture.size)
+
+
+def _as_stored(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        raise BadSampleError("unreadable", f"values of more than 8 bits ({picture.mode})")
+    return picture.convert("RGB")
+
+
+def _decoded(data: bytes, limits: PictureLimits | None, then: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    def decode(picture: Image.Image) -> Image.Image:
+        picture.load()
+        return then(picture)
+
+    return _guarded(data, limits, decode)
+
+
+def _guarded(data: bytes, limits: PictureLimits | None, use: Callable[[Image.Image], Found]) -> Found:
+    """Open the picture, check its size, and return what ``use`` makes of it before it is closed."""
     _check_start(data)
     try:
         with _open(data) as picture:
-            _check_size(picture.size, limits)
-            picture.load()
-            upright = _upright(picture)
-            square = _centre_square(_as_rgb(upright), resolution)
+            _check_size(picture.size, limits or PictureLimits())
+            return use(picture)
     except BadSampleError:
         raise
     except Image.DecompressionBombError as error:
@@ -65,7 +106,6 @@ def decode_picture(data: bytes, resolution: int, limits: PictureLimits | None = 
         raise BadSampleError("bomb", "more than memory holds") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything, and none of it is a fault of ours
         raise BadSampleError(_reason(error), printable(str(error) or type(error).__name__)) from error
-    return np.array(square, dtype=np.uint8)
 
 
 def _check_start(data: bytes) -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from unet_surgery.sample.chart import NUM_TONES, Curve, curves_svg, tone_class
+from unet_surgery.pages.chart import NUM_TONES, Curve, curves_svg, tone_class
+from unet_surgery.pages.markup import markup
+from unet_surgery.pages.style import STYLE
 from unet_surgery.sample.grid import png
 from unet_surgery.sample.interval import wilson
-from unet_surgery.sample.markup import markup
-from unet_surgery.sample.style import STYLE
 
 __all__ = ["Accuracy", "Curve", "Curves", "Pictures", "Prose", "Section", "Share", "Table", "page"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, log10
 
+from unet_surgery.pages.markup import markup
 from unet_surgery.picture.palette import FONTS
-from unet_surgery.sample.markup import markup
 
 __all__ = ["NUM_TONES", "Curve", "curves_svg", "standalone_svg", "tone_class"]
 
