@@ -1,6 +1,6 @@
 """A page of results in one HTML file: no scripts, nothing from elsewhere, light and dark, as narrow as a telephone.
 
-Every text is escaped where it enters; pictures are PNG data URIs.
+Every text is escaped where it enters; pictures are data URIs. What is wider than the page scrolls within it.
 """
 
 from __future__ import annotations
@@ -8,17 +8,34 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unet_surgery.pages.chart import NUM_TONES, Curve, curves_svg, tone_class
 from unet_surgery.pages.markup import markup
+from unet_surgery.pages.scatter import Point, scatter_svg
 from unet_surgery.pages.style import STYLE
 from unet_surgery.sample.grid import png
 from unet_surgery.sample.interval import wilson
 
-__all__ = ["Accuracy", "Curve", "Curves", "Pictures", "Prose", "Section", "Share", "Table", "page"]
+__all__ = [
+    "Accuracy",
+    "Bar",
+    "Bars",
+    "Curve",
+    "Curves",
+    "Drawing",
+    "Encoded",
+    "Pictures",
+    "Prose",
+    "Scatter",
+    "Section",
+    "Share",
+    "Table",
+    "page",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +48,38 @@ class Prose:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of texts under ``columns``; the first column names the row, the others are set as numbers."""
+    """Rows of texts under ``columns``; the first column names the row, the others are set as numbers.
+
+    ``caption`` stands above the table; without one the heading is its caption, for those who hear the page.
+    """
 
     heading: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A picture's file, of ``kind`` png or jpeg, and its size in pixels; ``smooth`` where it is not to show pixels."""
+
+    data: bytes
+    kind: Literal["png", "jpeg"]
+    width: int
+    height: int
+    smooth: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """``columns``: title → uint8 [n, H, W, 3], a row for each of n ``prompts``; ``marks``: title → right or not, n."""
+    """``columns``: title → uint8 [n, H, W, 3] or n files, one for each of n ``prompts``.
+
+    ``marks``: title → right or not, n.
+    """
 
     heading: str
-    columns: Mapping[str, NDArray[np.uint8]]
+    columns: Mapping[str, NDArray[np.uint8] | Sequence[Encoded]]
     prompts: Sequence[str]
     marks: Mapping[str, Sequence[bool]] | None = None
     note: str = ""
@@ -79,20 +114,69 @@ class Accuracy:
     note: str = ""
 
 
-Section = Prose | Table | Pictures | Curves | Accuracy
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A whole SVG document of our own making, and what it shows in ``words`` for those who do not see it."""
+
+    heading: str
+    svg: str
+    words: str
+    note: str = ""
 
 
-def page(sections: Sequence[Section], *, title: str, lead: str = "") -> str:
-    """Return the whole page.
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """Points in a plane, and below them the table of their values; ``x_texts`` and ``y_texts`` are the values said."""
+
+    heading: str
+    points: Sequence[Point]
+    x_label: str
+    y_label: str
+    x_texts: Sequence[str]
+    y_texts: Sequence[str]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A bar of length ``value`` ≥ 0, what is ``said`` beside it, and the ends of its spread where it has one."""
+
+    name: str
+    value: float
+    said: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Lengths to compare, from nought."""
+
+    heading: str
+    bars: Sequence[Bar]
+    note: str = ""
+
+
+Section = Prose | Table | Pictures | Curves | Accuracy | Drawing | Scatter | Bars
+
+
+def page(sections: Sequence[Section], *, title: str, lead: str = "", contents: bool = False) -> str:
+    """Return the whole page, with a list of its headings where ``contents`` are wanted.
+
+    A section whose heading is that of the section before it goes on under it.
 
     Raises:
         ValueError: a section contradicts itself: rows of another length than its columns, or pictures than prompts.
     """
     body = [f"<h1>{markup(title)}</h1>", f'<p class="lead">{markup(lead)}</p>' if lead else ""]
-    for section in sections:
+    body += [_contents(sections) if contents else ""]
+    before = None
+    for number, section in enumerate(sections, 1):
         note = getattr(section, "note", "")
-        body += ["<section>", f"<h2>{markup(section.heading)}</h2>", *_render(section)]
+        heading = f'<h2 id="section-{number}">{markup(section.heading)}</h2>' if section.heading != before else ""
+        body += ["<section>", heading, *_render(section)]
         body += [f'<p class="note">{markup(note)}</p>' if note else "", "</section>"]
+        before = section.heading
     head = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -115,6 +199,28 @@ def _render(section: Section) -> list[str]:
             return [_legend(section.curves), chart]
         case Accuracy():
             return _accuracy(section)
+        case Drawing():
+            data = base64.b64encode(section.svg.encode()).decode("ascii")
+            picture = f'<img class="drawing" alt="{markup(section.words)}" src="data:image/svg+xml;base64,{data}">'
+            return [_scrolling([picture], section.heading)]
+        case Scatter():
+            return _scatter(section)
+        case Bars():
+            return _bars(section)
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    firsts: dict[str, int] = {}
+    for number, section in enumerate(sections, 1):
+        firsts.setdefault(section.heading, number)
+    items = "".join(f'<li><a href="#section-{number}">{markup(text)}</a></li>' for text, number in firsts.items())
+    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+
+
+def _scrolling(parts: Sequence[str], name: str) -> str:
+    """Put what may be wider than a telephone where it can be scrolled, by keys too."""
+    body = "\n".join(parts)
+    return f'<div class="wide" role="region" tabindex="0" aria-label="{markup(name)}">{body}</div>'
 
 
 def _table(table: Table) -> list[str]:
@@ -126,7 +232,11 @@ def _table(table: Table) -> list[str]:
         for row in table.rows
     ]
     body = "\n".join(rows)
-    return [f'<div class="wide"><table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>']
+    caption = f"<caption>{markup(table.caption)}</caption>"
+    if not table.caption:
+        caption = f'<caption class="unseen">{markup(table.heading)}</caption>'
+    whole = f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return [_scrolling([whole], table.caption or table.heading)]
 
 
 def _pictures(section: Pictures) -> list[str]:
@@ -142,12 +252,19 @@ def _pictures(section: Pictures) -> list[str]:
         for title, pictures in section.columns.items():
             mark = _mark(marks[title][row]) if title in marks else ""
             words = markup(f"{title}: {prompt}")
-            data = base64.b64encode(png(pictures[row])).decode("ascii")
-            sides = f'width="{pictures.shape[2]}" height="{pictures.shape[1]}"'
+            file = _encoded(pictures[row])
+            data = base64.b64encode(file.data).decode("ascii")
+            sides = f'width="{file.width}" height="{file.height}"' + (' class="smooth"' if file.smooth else "")
             parts.append(
-                f'<div class="cell"><img alt="{words}" {sides} src="data:image/png;base64,{data}">{mark}</div>'
+                f'<div class="cell"><img alt="{words}" {sides} src="data:image/{file.kind};base64,{data}">{mark}</div>'
             )
-    return [*parts, "</div>"]
+    return [_scrolling([*parts, "</div>"], section.heading)]
+
+
+def _encoded(picture: NDArray[np.uint8] | Encoded) -> Encoded:
+    if isinstance(picture, Encoded):
+        return picture
+    return Encoded(png(picture), "png", picture.shape[1], picture.shape[0])
 
 
 def _mark(right: bool) -> str:
@@ -181,4 +298,41 @@ def _accuracy(section: Accuracy) -> list[str]:
                 f'M{100 * low:.2f},2V8M{100 * high:.2f},2V8"/></svg>'
                 f'<div class="value">{said} <span>({bounds}; {share.successes:,} of {share.total:,})</span></div>'
             )
+    return [*parts, "</div>"]
+
+
+def _scatter(section: Scatter) -> list[str]:
+    title = f"{section.heading}: {section.y_label} against {section.x_label}"
+    chart = scatter_svg(section.points, title=title, x_label=section.x_label, y_label=section.y_label)
+    if not len(section.points) == len(section.x_texts) == len(section.y_texts):
+        raise ValueError(f"the texts of {section.heading!r} are not as many as its points")
+    rows = [
+        (f"{k}. {point.name}", "published" if point.kind == "published" else "measured", x_text, y_text)
+        for k, (point, x_text, y_text) in enumerate(
+            zip(section.points, section.x_texts, section.y_texts, strict=True), 1
+        )
+    ]
+    columns = ("network", "from", section.x_label, section.y_label)
+    legend = '<ul class="legend"><li><span class="dot own">●</span> measured</li>'
+    if any(point.kind == "published" for point in section.points):
+        legend += '<li><span class="dot others">◇</span> published</li>'
+    return [f"{legend}</ul>", chart, *_table(Table(title, columns, rows))]
+
+
+def _bars(section: Bars) -> list[str]:
+    longest = max((bar.high or bar.value for bar in section.bars), default=0) or 1.0
+    parts = ['<div class="bars">']
+    for bar in section.bars:
+        length = 100 * bar.value / longest
+        whisker = ""
+        if bar.low is not None and bar.high is not None:
+            low, high = 100 * bar.low / longest, 100 * bar.high / longest
+            whisker = f'<path class="whisker" d="M{low:.2f},5H{high:.2f}M{low:.2f},2V8M{high:.2f},2V8"/>'
+        parts.append(
+            f'<div class="name">{markup(bar.name)}</div>'
+            f'<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="track" width="100" height="10"/>'
+            f'<rect class="fill-0" width="{length:.2f}" height="10"/>{whisker}</svg>'
+            f'<div class="value">{markup(bar.said)}</div>'
+        )
     return [*parts, "</div>"]
