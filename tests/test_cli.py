@@ -28,6 +28,7 @@ COMMANDS = [
     "transplant",
     "convert",
     "cache",
+    "report",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

@@ -44,6 +44,7 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["transplant", "nothing", "--plan", "out"], 3),
     (["convert", "nothing"], 3),
     (["cache", "nothing", "-m", "tiny-random", "-o", "latents"], 3),
+    (["report", "out", "-o", "report.html"], 0),
     (["recipes"], 0),
     (["recipes", "show", "bk_tiny"], 0),
     (["recipes", "copy", "bk_tiny", "mine.yaml"], 0),

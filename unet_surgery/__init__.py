@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
+    from unet_surgery.results.report import ReportResult, report
     from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
@@ -55,6 +56,7 @@ _HOMES = {
     "PruneResult": "unet_surgery.api",
     "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
+    "ReportResult": "unet_surgery.results.report",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
     "TransplantResult": "unet_surgery.api",
@@ -71,6 +73,7 @@ _HOMES = {
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
     "push": "unet_surgery.api",
+    "report": "unet_surgery.results.report",
     "transplant": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
 }
@@ -86,6 +89,7 @@ __all__ = [
     "PruneResult",
     "PushResult",
     "Recipe",
+    "ReportResult",
     "SurgeryError",
     "SurgeryPlan",
     "TransplantResult",
@@ -103,6 +107,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "report",
     "transplant",
     "verify",
 ]

@@ -20,6 +20,7 @@ from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
 from unet_surgery.cli.push import push
 from unet_surgery.cli.recipes import recipes
+from unet_surgery.cli.report import report
 from unet_surgery.cli.sink import set_debug, show
 from unet_surgery.cli.transplant import transplant
 from unet_surgery.cli.verify import verify
@@ -65,6 +66,7 @@ app.command()(controlnet)
 app.command()(transplant)
 app.command()(convert)
 app.command()(cache)
+app.command()(report)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 

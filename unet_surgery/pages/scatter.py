@@ -82,9 +82,10 @@ def standalone_scatter(points: Sequence[Point], *, title: str, x_label: str, y_l
     lines = [f"{k}  {p.name}{'' if p.kind == 'own' else ' (published)'}" for k, p in enumerate(points, 1)]
     rows = (len(lines) + 1) // 2
     height = HEIGHT + 40 + 18 * rows
+    places = [(20 + 310 * (k // rows), HEIGHT + 24 + 18 * (k % rows)) for k in range(len(lines))]
     key = "".join(
-        f'<text x="{20 + 310 * (k // rows):g}" y="{HEIGHT + 24 + 18 * (k % rows):g}">{markup(fit(line, 12, 300))}</text>'
-        for k, line in enumerate(lines)
+        f'<text x="{x:g}" y="{y:g}">{markup(fit(line, 12, 300))}</text>'
+        for (x, y), line in zip(places, lines, strict=True)
     )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH:g}" height="{height + 24:g}"'
     body = chart.replace("<svg", head, 1).replace(

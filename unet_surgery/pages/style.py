@@ -93,7 +93,7 @@ tbody th { font-weight: 500; }
   .prompt.head { display: none; }
   .chart text { font-size: 18px; }
   .chart .name { display: none; }
-  .mark { transform: scale(1.6); }
+  .chart .mark { transform: scale(1.6); }
   .drawing { width: 44rem; max-width: none; }
   .bars { grid-template-columns: auto minmax(0, 1fr); grid-auto-flow: dense; row-gap: .25rem; }
   .name { grid-column: 1; }
