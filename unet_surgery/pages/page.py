@@ -94,6 +94,7 @@ class Curves:
     x_label: str = "step"
     log: bool = False
     note: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ class Bars:
     heading: str
     bars: Sequence[Bar]
     note: str = ""
+    caption: str = ""
 
 
 Section = Prose | Table | Pictures | Curves | Accuracy | Drawing | Scatter | Bars
@@ -195,8 +197,9 @@ def _render(section: Section) -> list[str]:
         case Pictures():
             return _pictures(section)
         case Curves():
-            chart = curves_svg(section.curves, title=section.heading, x_label=section.x_label, log=section.log)
-            return [_legend(section.curves), chart]
+            title = f"{section.heading}: {section.caption}" if section.caption else section.heading
+            chart = curves_svg(section.curves, title=title, x_label=section.x_label, log=section.log)
+            return [_subheading(section.caption), _legend(section.curves), chart]
         case Accuracy():
             return _accuracy(section)
         case Drawing():
@@ -206,7 +209,11 @@ def _render(section: Section) -> list[str]:
         case Scatter():
             return _scatter(section)
         case Bars():
-            return _bars(section)
+            return [_subheading(section.caption), *_bars(section)]
+
+
+def _subheading(text: str) -> str:
+    return f"<h3>{markup(text)}</h3>" if text else ""
 
 
 def _contents(sections: Sequence[Section]) -> str:

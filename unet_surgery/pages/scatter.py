@@ -72,8 +72,11 @@ def scatter_svg(points: Sequence[Point], *, title: str, x_label: str, y_label: s
         if point.low is not None and point.high is not None:
             low, high = axes.y(point.low), axes.y(point.high)
             parts.append(f'<path class="spread" d="M{x:.1f},{low:.1f}V{high:.1f}"/>')
-    parts += [_mark(number, p, x, y) for number, (p, (x, y)) in enumerate(zip(points, places, strict=True), 1)]
-    return "".join([*parts, *_names(points, places), "</svg>"])
+    numbered = list(zip(range(1, len(points) + 1), points, places, strict=True))
+    numbered.sort(key=lambda item: item[1].kind == "own")  # drawn last, over the others
+    parts += [_mark(number, point, x, y) for number, point, (x, y) in numbered]
+    names = _names([p for _, p, _ in reversed(numbered)], [place for *_, place in reversed(numbered)])
+    return "".join([*parts, *names, "</svg>"])
 
 
 def standalone_scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) -> str:

@@ -44,6 +44,7 @@ def compose(findings: Sequence[Finding]) -> Composed:
     plans = _plans(findings)
     groups = score_groups(scored, _model_names(scored))
     left_out: list[str] = []
+    drawn.sort(key=lambda found: -(found.generation.model.parameters or 0))  # the teacher first
     pictures, too_many = picture_sections(drawn, _titles(drawn), heading=PICTURES)
     left_out += too_many
     by_size = _limited(size_plots(groups, heading=BY_SIZE), left_out)
@@ -71,7 +72,8 @@ def plot_svg(section: Section) -> str | None:
         case Drawing():
             return section.svg
         case Curves():
-            return standalone_svg(section.curves, title=section.heading, x_label=section.x_label, log=section.log)
+            title = f"{section.heading} {section.caption}"
+            return standalone_svg(section.curves, title=title, x_label=section.x_label, log=section.log)
         case Scatter():
             title = section.heading
             return standalone_scatter(section.points, title=title, x_label=section.x_label, y_label=section.y_label)

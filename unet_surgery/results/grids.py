@@ -160,8 +160,9 @@ def _note(grid: _Grid, side: int) -> str:
     if larger:
         parts.append(f"Pictures of {larger[0].width}×{larger[0].height} pixels are shown at {side}, as JPEG.")
     before = drawn_as(first.generation)
+    others: dict[str, list[str]] = {}
     for folder, title in zip(grid.folders[1:], grid.titles[1:], strict=True):
-        differs = changed(before, drawn_as(folder.generation))
-        if differs:
-            parts.append(f"Not drawn alike: {title} differs from {grid.titles[0]} in {differs}.")
+        others.setdefault(changed(before, drawn_as(folder.generation)), []).append(title)
+    others.pop("", None)
+    parts += [f"Not drawn as {grid.titles[0]}: {', '.join(titles)} ({differs})." for differs, titles in others.items()]
     return " ".join(parts)

@@ -31,14 +31,15 @@ def loss_sections(runs: Sequence[Run], *, heading: str) -> list[Curves]:
     for together in _alike(runs):
         for part in _parts(together):
             curves = [Curve(run.name, run.steps, run.terms["task"]) for run in part]
-            note = "The term “task” of runs with the same data and noise."
-            sections.append(Curves(heading, curves, log=True, note=note))
+            note = "The term “task” alone, of runs with the same data and noise. The axis is logarithmic."
+            caption = ", ".join(run.name for run in part)
+            sections.append(Curves(heading, curves, log=True, note=note, caption=caption))
     for run in runs:
         names = list(run.terms)
         for i in range(0, len(names), NUM_TONES):
             curves = [Curve(name, run.steps, run.terms[name]) for name in names[i : i + NUM_TONES]]
-            note = f"{run.name}: the loss, and its terms before their weights. The axis is logarithmic."
-            sections.append(Curves(heading, curves, log=True, note=note))
+            note = "The loss, and its terms before their weights. The axis is logarithmic."
+            sections.append(Curves(heading, curves, log=True, note=note, caption=run.name))
     return sections
 
 
@@ -75,31 +76,36 @@ class _Placed:
 def size_plots(groups: Sequence[ScoreGroup], *, heading: str) -> list[Scatter]:
     """Return for each metric of each group its values against the U-Nets' sizes."""
     charts = []
-    alone: dict[str, str] = {}
+    alone: dict[str, None] = {}
     for group in groups:
         for k, column in enumerate(group.columns):
-            own, missing = [], []
-            for row in group.rows:
-                size = _parameters(row)
-                if k in row.cells and size:
-                    own.append(_own(row, k, size / 1e6, f"{size:,}"))
-                elif k in row.cells:
-                    missing.append(row.name)
-            if not own:
-                continue
-            differs = _unlike(group, k)
-            others = [] if differs else _published(column.metric)
-            notes = [f"{in_words(group.drawn)}; {in_words(column.measured, ('pictures',))}."]
-            if missing:
-                notes.append(f"Not shown, since their size is not recorded: {', '.join(missing)}.")
-            notes += _about_published(column.metric, differs)
-            if differs and _published(column.metric):
-                alone[column.metric] = NAMES[column.metric]
-            charts.append(_scatter(heading, [*own, *others], SIZE_LABEL, column.metric, column.title, notes))
-    for metric, title in alone.items():
-        note = f"Published, not measured here: {PROTOCOL.words()}. Source: {PROTOCOL.source}."
-        charts.append(_scatter(heading, _published(metric), SIZE_LABEL, metric, f"published {title}", [note]))
-    return charts
+            chart = _size_plot(groups, group, k, heading)
+            if chart is not None:
+                charts.append(chart)
+            if _published(column.metric) and _unlike(group, k):
+                alone[column.metric] = None
+    note = f"Published, not measured here: {PROTOCOL.words()}. Source: {PROTOCOL.source}."
+    return charts + [
+        _scatter(heading, _published(metric), SIZE_LABEL, metric, f"published {NAMES[metric]}", [note])
+        for metric in alone
+    ]
+
+
+def _size_plot(groups: Sequence[ScoreGroup], group: ScoreGroup, k: int, heading: str) -> Scatter | None:
+    """Return the chart of the group's ``k``-th column; None where it would have one point, as the table says it."""
+    column = group.columns[k]
+    scored = [row for row in group.rows if k in row.cells]
+    own = [_own(row, k, row.parameters / 1e6, f"{row.parameters:,}") for row in scored if row.parameters]
+    differs = _unlike(group, k)
+    others = [] if differs else _published(column.metric)
+    if not own or len(own) + len(others) < 2:
+        return None
+    notes = [_made(groups, group)]
+    missing = [row.name for row in scored if not row.parameters]
+    if missing:
+        notes.append(f"Not shown, since their size is not recorded: {', '.join(missing)}.")
+    notes += _about_published(column.metric, differs)
+    return _scatter(heading, [*own, *others], SIZE_LABEL, column.metric, column.title, notes)
 
 
 def time_plots(groups: Sequence[ScoreGroup], benches: Sequence[Bench], *, heading: str) -> list[Scatter]:
@@ -120,8 +126,10 @@ def time_plots(groups: Sequence[ScoreGroup], benches: Sequence[Bench], *, headin
                         continue
                     differs = _unlike(group, k)
                     others = _published_timed(column.metric, rows)
-                    notes = [f"{where}. {in_words(group.drawn)}.", *_about_published(column.metric, differs)]
+                    notes = [f"{where}. {_made(groups, group)}", *_about_published(column.metric, differs)]
                     shown = own if differs else [*own, *others]
+                    if len(shown) < 2:
+                        continue
                     charts.append(_scatter(heading, shown, TIME_LABEL, column.metric, column.title, notes))
                     if differs and others and (column.metric, where) not in alone:
                         alone.add((column.metric, where))
@@ -183,7 +191,7 @@ def _timed(group: ScoreGroup, column: int, rows: Sequence[BenchRow]) -> list[_Pl
 
 def _time_of(row: ScoreRow, rows: Sequence[BenchRow]) -> BenchRow | None:
     """Return the times of a scored model: those of its name and size, else of the only network of its size."""
-    size = _parameters(row)
+    size = row.parameters
     alike = [found for found in rows if found.parameters == size]
     names = {row.name, row.images.folder}
     if row.images.generation is not None:
@@ -193,9 +201,11 @@ def _time_of(row: ScoreRow, rows: Sequence[BenchRow]) -> BenchRow | None:
     return chosen[0] if len(chosen) == 1 else None
 
 
-def _parameters(row: ScoreRow) -> int | None:
-    generation = row.images.generation
-    return None if generation is None else generation.model.parameters
+def _made(groups: Sequence[ScoreGroup], group: ScoreGroup) -> str:
+    """Return where it is said how a chart's scores came about."""
+    if len(groups) == 1:
+        return "The scores of the table above."
+    return f"The scores of table {groups.index(group) + 1}: {in_words(group.drawn)}."
 
 
 def _unlike(group: ScoreGroup, column: int) -> list[str]:

@@ -27,6 +27,18 @@ __all__ = [
 SAMPLER_OPTIONS = ("timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas", "eta")
 HASH_DIGITS = 8
 UNKNOWN = "not recorded"
+FORMS = {
+    "pictures": "{} pictures",
+    "size": "{} pixels",
+    "scheduler": "{}",
+    "sampler options": "{}",
+    "steps": "{} steps",
+    "noise": "{} noise",
+    "implementation": "{}",
+    "resize": "{}",
+    "reference": "against {}",
+}
+"""How a setting's value is said where its name before it would not do."""
 
 NAMES = {
     "fid": "FID",
@@ -70,6 +82,7 @@ def drawn_as(images: Images | Generation) -> dict[str, Setting]:
     if generation is None:
         return told | _plain({"how they were drawn": UNKNOWN})
     options = generation.scheduler.options
+    drawn = (generation.drawn_width or images.width, generation.drawn_height or images.height)
     told["prompts"] = _named(generation.prompts.name, generation.prompts.sha256)
     for name, value in (("drawn from", generation.init), ("masks", generation.masks)):
         if value is not None:
@@ -85,7 +98,7 @@ def drawn_as(images: Images | Generation) -> dict[str, Setting]:
             "seed": str(generation.seed),
             "noise": generation.seeding or "keyed",
             "negative prompt": generation.negative,
-            "drawn at": f"{generation.drawn_width or images.width}×{generation.drawn_height or images.height}",
+            "drawn at": "" if drawn == (images.width, images.height) else f"{drawn[0]}×{drawn[1]}",
             "resized by": generation.resize or "",
             "JPEG": "" if generation.jpeg is None else f"quality {generation.jpeg}",
             "strength": "" if generation.strength is None else f"{generation.strength:g}",
@@ -101,10 +114,10 @@ def measured_as(score: Score) -> dict[str, Setting]:
         {
             "implementation": protocol.implementation,
             "resize": protocol.resize or "",
-            "resolution": str(protocol.resolution),
             "pictures": f"{protocol.count:,}",
         }
     )
+    told["resolution"] = Setting("", str(protocol.resolution))
     if weights is not None:
         told["weights"] = _named(weights.name, weights.sha256)
     if reference is not None:
@@ -122,7 +135,11 @@ def identity(settings: Mapping[str, Setting]) -> frozenset[tuple[str, str]]:
 def in_words(settings: Mapping[str, Setting], leave_out: Iterable[str] = ()) -> str:
     """Return the settings that say something in a line."""
     left = set(leave_out)
-    return ", ".join(f"{name} {s.words}" for name, s in settings.items() if s.words and name not in left)
+    return ", ".join(
+        FORMS.get(name, f"{name} {{}}").replace("{}", setting.words)
+        for name, setting in settings.items()
+        if setting.words and name not in left
+    )
 
 
 def changed(before: Mapping[str, Setting], now: Mapping[str, Setting]) -> str:

@@ -38,23 +38,25 @@ def size_sections(plans: Mapping[str, SurgeryPlan], *, heading: str) -> list[Tab
             teacher = f"{plan.teacher_id} (teacher of {name})"
         sizes[teacher] = (plan.teacher, plan.teacher)
         sizes[name if name not in sizes else f"{name} (student)"] = (plan.student, plan.teacher)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             name,
             f"{counts.params:,}",
             _share(counts.params, whole.params),
-            quantity(counts.macs),
-            quantity(counts.macs_all),
+            _amount(counts.macs),
+            _amount(counts.macs_all),
             _share(counts.macs_all, whole.macs_all),
             f"{counts.tensors}",
             ", ".join(model.name for model in models_of_size(counts.params)) or NOTHING,
         )
         for name, (counts, whole) in sizes.items()
     ]
-    columns = (
+    columns = [
         "network", "parameters", "of the teacher's", "MACs, conv + linear", "MACs, all", "of the teacher's", "tensors",
         "published nets of this size",
-    )  # fmt: skip
+    ]  # fmt: skip
+    if all(row[-1] == NOTHING for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     note = (
         "Of the U-Nets. MACs are of one forward at batch 1 and the native latent; “conv + linear” is what the BK-SDM "
         "paper counts, “all” adds the products of attention."
@@ -64,6 +66,11 @@ def size_sections(plans: Mapping[str, SurgeryPlan], *, heading: str) -> list[Tab
         for name, (counts, whole) in sizes.items()
     ]
     return [Bars(heading, bars, note="Parameters."), Table(heading, columns, rows, note=note)]
+
+
+def _amount(number: int) -> str:
+    """Return a quantity that is not broken before its unit."""
+    return quantity(number).replace(" ", "\u00a0")
 
 
 def _share(part: int, whole: int) -> str:
@@ -90,6 +97,12 @@ class ScoreRow:
     images: Images
     cells: dict[int, Score] = field(default_factory=dict)
 
+    @property
+    def parameters(self) -> int | None:
+        """The size of the U-Net that drew, where it is recorded."""
+        generation = self.images.generation
+        return None if generation is None else generation.model.parameters
+
 
 @dataclass(slots=True)
 class ScoreGroup:
@@ -113,6 +126,8 @@ def score_groups(scored: Sequence[Scored], names: Sequence[str]) -> list[ScoreGr
             row = ScoreRow(name, images)
             group.rows.append(row)
         row.cells.update(cells)
+    for group in groups.values():
+        group.rows.sort(key=lambda row: -(row.parameters or 0))  # the teacher first, whatever order a shell gives
     return [group for group in groups.values() if group.columns]
 
 
@@ -141,7 +156,7 @@ def score_sections(groups: Sequence[ScoreGroup], *, heading: str) -> list[Table]
         if number:
             notes.append(f"Not to be compared with the first table: {changed(groups[0].drawn, group.drawn)}.")
         if len(group.rows) > 1:
-            notes.append(f"In brackets: the difference from {group.rows[0].name}.")
+            notes.append(f"In square brackets: the difference from {group.rows[0].name}.")
         notes += [f"{column.title}: {in_words(column.measured, ('pictures',))}." for column in group.columns]
         caption = f"Table {number + 1}. {in_words(group.drawn)}" if len(groups) > 1 else in_words(group.drawn)
         columns = ("network", *(column.title for column in group.columns))
@@ -151,6 +166,9 @@ def score_sections(groups: Sequence[ScoreGroup], *, heading: str) -> list[Table]
 
 def score_text(score: Score) -> str:
     """Return a value with its ±, or its interval."""
+    if score.metric == "toy":
+        ends = "" if score.interval is None else f" ({100 * score.interval[0]:.1f} to {100 * score.interval[1]:.1f})"
+        return f"{100 * score.value:.1f}\u00a0%{ends}"
     if score.interval is not None:
         return f"{score.value:.4g} ({score.interval[0]:.4g} to {score.interval[1]:.4g})"
     return f"{score.value:.4g}" + (f" ± {score.error:.2g}" if score.error is not None else "")
@@ -160,7 +178,9 @@ def _cell(score: Score | None, group: ScoreGroup, column: int, *, is_first: bool
     if score is None:
         return NOTHING
     base = group.rows[0].cells.get(column)
-    return score_text(score) + (f" ({score.value - base.value:+.3g})" if base is not None and not is_first else "")
+    if base is None or is_first:
+        return score_text(score)
+    return f"{score_text(score)} [{score.value - base.value:+.3g}]"
 
 
 def published_table(*, heading: str) -> Table:
@@ -168,9 +188,9 @@ def published_table(*, heading: str) -> Table:
     rows = [
         (
             model.name,
-            quantity(model.parameters),
-            NOTHING if model.gmacs is None else f"{model.gmacs:,.1f} G",
-            f"{model.gmacs_all:,.1f} G",
+            _amount(model.parameters),
+            NOTHING if model.gmacs is None else f"{model.gmacs:,.1f}\u00a0G",
+            f"{model.gmacs_all:,.1f}\u00a0G",
             *(f"{model.scores[name]:.4g}" for name in ("fid", "is", "clip")),
         )
         for model in MODELS
@@ -206,7 +226,7 @@ def bench_sections(benches: Sequence[Bench], *, heading: str) -> list[Table | Ba
         for setting in settings:
             rows = [row for row in bench.rows if setting_of(row) == setting]
             caption = f"{machine_words(bench)}; {setting}"
-            sections += [_times(rows, heading, caption), _bench_table(rows, heading, caption)]
+            sections += [_times(rows, heading, caption), _bench_table(rows, heading)]
     return sections
 
 
@@ -215,18 +235,18 @@ def _times(rows: Sequence[BenchRow], heading: str, caption: str) -> Bars:
         Bar(row.model, row.unet_ms.median, f"{row.unet_ms.median:.4g} ms", row.unet_ms.low, row.unet_ms.high)
         for row in rows
     ]
-    return Bars(heading, bars, note=f"One forward of the U-Net: the median, and how the runs spread. {caption}.")
+    return Bars(heading, bars, note="One forward of the U-Net: the median, and how the runs spread.", caption=caption)
 
 
-def _bench_table(rows: Sequence[BenchRow], heading: str, caption: str) -> Table:
+def _bench_table(rows: Sequence[BenchRow], heading: str) -> Table:
     cells = [
         (
             row.model,
             f"{row.parameters:,}",
-            NOTHING if row.macs_all is None else quantity(row.macs_all),
+            NOTHING if row.macs_all is None else _amount(row.macs_all),
             f"{row.unet_ms.median:.4g} ({row.unet_ms.low:.4g} to {row.unet_ms.high:.4g})",
             _median(row.picture_s),
-            NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f} MB",
+            NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}\u00a0MB",
             NOTHING if row.ratio_to_first is None else f"{row.ratio_to_first:.3g}",
         )
         for row in rows
@@ -234,7 +254,7 @@ def _bench_table(rows: Sequence[BenchRow], heading: str, caption: str) -> Table:
     columns = (
         "network", "parameters", "MACs, all", "a forward, ms", "a picture, s", "peak memory", "ratio to the first",
     )  # fmt: skip
-    return Table(heading, columns, cells, caption=caption)
+    return Table(heading, columns, cells)
 
 
 def _median(picture: Mapping[str, object] | None) -> str:
