@@ -50,7 +50,8 @@ class Prose:
 class Table:
     """Rows of texts under ``columns``; the first column names the row, the others are set as numbers.
 
-    ``caption`` stands above the table; without one the heading is its caption, for those who hear the page.
+    ``caption`` stands above the table; without one the heading is its caption, for those who hear the page. A
+    ``dense`` table is one of details.
     """
 
     heading: str
@@ -58,6 +59,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     caption: str = ""
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,8 @@ def _table(table: Table) -> list[str]:
     caption = f"<caption>{markup(table.caption)}</caption>"
     if not table.caption:
         caption = f'<caption class="unseen">{markup(table.heading)}</caption>'
-    whole = f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+    start = '<table class="dense">' if table.dense else "<table>"
+    whole = f"{start}{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
     return [_scrolling([whole], table.caption or table.heading)]
 
 
@@ -310,20 +313,24 @@ def _accuracy(section: Accuracy) -> list[str]:
 
 def _scatter(section: Scatter) -> list[str]:
     title = f"{section.heading}: {section.y_label} against {section.x_label}"
+    kinds = {point.kind for point in section.points}
+    mixed = "published" in kinds
     chart = scatter_svg(section.points, title=title, x_label=section.x_label, y_label=section.y_label)
     if not len(section.points) == len(section.x_texts) == len(section.y_texts):
         raise ValueError(f"the texts of {section.heading!r} are not as many as its points")
     rows = [
-        (f"{k}. {point.name}", "published" if point.kind == "published" else "measured", x_text, y_text)
+        (f"{k}. {point.name}", *(["measured" if point.kind == "own" else "published"] if mixed else []), x_text, y_text)
         for k, (point, x_text, y_text) in enumerate(
             zip(section.points, section.x_texts, section.y_texts, strict=True), 1
         )
     ]
-    columns = ("network", "from", section.x_label, section.y_label)
-    legend = '<ul class="legend"><li><span class="dot own">●</span> measured</li>'
-    if any(point.kind == "published" for point in section.points):
-        legend += '<li><span class="dot others">◇</span> published</li>'
-    return [f"{legend}</ul>", chart, *_table(Table(title, columns, rows))]
+    columns = ("network", *(["from"] if mixed else []), section.x_label, section.y_label.partition(",")[0])
+    legend = '<ul class="legend">'
+    if "own" in kinds:
+        legend += '<li><span class="dot own" aria-hidden="true">●</span> measured</li>'
+    if "published" in kinds:
+        legend += '<li><span class="dot others" aria-hidden="true">◇</span> published</li>'
+    return [f"{legend}</ul>", chart, *_table(Table(title, columns, rows, dense=True))]
 
 
 def _bars(section: Bars) -> list[str]:

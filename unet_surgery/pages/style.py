@@ -42,6 +42,9 @@ th:first-child { text-align: left; padding-left: 0; }
 td:last-child, th:last-child { padding-right: 0; }
 thead th { color: var(--muted); font-weight: 600; font-size: .9rem; border-bottom-width: 2px; vertical-align: bottom; }
 tbody th { font-weight: 500; }
+.dense { font-size: .85rem; }
+.dense tbody th { white-space: nowrap; }
+.dense th, .dense td { padding-top: .15rem; padding-bottom: .15rem; font-size: .85rem; }
 .grid { display: grid; gap: .6rem; align-items: center;
   grid-template-columns: minmax(8rem, 1.5fr) repeat(var(--columns), minmax(0, 1fr)); }
 .head { text-align: center; font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; align-self: end; }

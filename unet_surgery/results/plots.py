@@ -76,14 +76,14 @@ class _Placed:
 def size_plots(groups: Sequence[ScoreGroup], *, heading: str) -> list[Scatter]:
     """Return for each metric of each group its values against the U-Nets' sizes."""
     charts = []
-    alone: dict[str, None] = {}
+    alone = dict.fromkeys(c.metric for group in groups for c in group.columns if _published(c.metric))
     for group in groups:
         for k, column in enumerate(group.columns):
             chart = _size_plot(groups, group, k, heading)
             if chart is not None:
                 charts.append(chart)
-            if _published(column.metric) and _unlike(group, k):
-                alone[column.metric] = None
+                if any(point.kind == "published" for point in chart.points):
+                    alone.pop(column.metric, None)
     note = f"Published, not measured here: {PROTOCOL.words()}. Source: {PROTOCOL.source}."
     return charts + [
         _scatter(heading, _published(metric), SIZE_LABEL, metric, f"published {NAMES[metric]}", [note])
@@ -95,7 +95,7 @@ def _size_plot(groups: Sequence[ScoreGroup], group: ScoreGroup, k: int, heading:
     """Return the chart of the group's ``k``-th column; None where it would have one point, as the table says it."""
     column = group.columns[k]
     scored = [row for row in group.rows if k in row.cells]
-    own = [_own(row, k, row.parameters / 1e6, f"{row.parameters:,}") for row in scored if row.parameters]
+    own = [_own(row, k, row.parameters / 1e6, _millions(row.parameters)) for row in scored if row.parameters]
     differs = _unlike(group, k)
     others = [] if differs else _published(column.metric)
     if not own or len(own) + len(others) < 2:
@@ -161,7 +161,11 @@ def _own(row: ScoreRow, column: int, x: float, x_text: str) -> _Placed:
 
 def _published(metric: str) -> list[_Placed]:
     models = [model for model in MODELS if metric in model.scores]
-    return [_of(model, metric, model.parameters / 1e6, f"{model.parameters:,}") for model in models]
+    return [_of(model, metric, model.parameters / 1e6, _millions(model.parameters)) for model in models]
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f}" if parameters >= 10**8 else f"{parameters / 1e6:.4g}"
 
 
 def _of(model: PublishedModel, metric: str, x: float, x_text: str) -> _Placed:
@@ -185,7 +189,8 @@ def _timed(group: ScoreGroup, column: int, rows: Sequence[BenchRow]) -> list[_Pl
         found = _time_of(row, rows) if column in row.cells else None
         if found is not None:
             median = found.unet_ms.median
-            placed.append(_own(row, column, median, f"{median:.4g}"))
+            whose = "" if found.model in _names_of(row) else f", as {found.model}"
+            placed.append(_own(row, column, median, f"{median:.4g}{whose}"))
     return placed
 
 
@@ -193,12 +198,14 @@ def _time_of(row: ScoreRow, rows: Sequence[BenchRow]) -> BenchRow | None:
     """Return the times of a scored model: those of its name and size, else of the only network of its size."""
     size = row.parameters
     alike = [found for found in rows if found.parameters == size]
-    names = {row.name, row.images.folder}
-    if row.images.generation is not None:
-        names.add(row.images.generation.model.name)
-    named = [found for found in alike if found.model in names]
+    named = [found for found in alike if found.model in _names_of(row)]
     chosen = named or alike
     return chosen[0] if len(chosen) == 1 else None
+
+
+def _names_of(row: ScoreRow) -> set[str]:
+    generation = row.images.generation
+    return {row.name, row.images.folder, *([generation.model.name] if generation is not None else [])}
 
 
 def _made(groups: Sequence[ScoreGroup], group: ScoreGroup) -> str:
