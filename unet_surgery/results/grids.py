@@ -76,6 +76,8 @@ def picture_sections(
 def _fitted(grids: Sequence[_Grid], room: int) -> tuple[int, list[list[list[Encoded]]]] | None:
     """Return the largest side at which all pictures fit into ``room``, and their files; None: at no side."""
     for side in SIDES:
+        if _guess(grids, side) > 1.2 * room:
+            continue
         left = room
         encoded: list[list[list[Encoded]]] = []
         for grid in grids:
@@ -91,6 +93,12 @@ def _fitted(grids: Sequence[_Grid], room: int) -> tuple[int, list[list[list[Enco
         if left >= 0:
             return side, encoded
     return None
+
+
+def _guess(grids: Sequence[_Grid], side: int) -> float:
+    """Return about how many bytes all pictures take, going by the first row of each grid."""
+    firsts = ((grid, _encoded(folder, 0, side)) for grid in grids for folder in grid.folders)
+    return sum(len(file.data) * BASE64 * len(grid.prompts) for grid, file in firsts)
 
 
 def _grids(drawn: Sequence[Drawn], titles: Sequence[str]) -> list[_Grid]:

@@ -60,7 +60,7 @@ def report(
     from unet_surgery.pages.page import Prose, page
     from unet_surgery.results.read import look
 
-    once = {os.path.abspath(path): path for path in inputs}
+    once = {_place(path): path for path in inputs}
     composed = compose([look(path, max_rows=rows) for path in once.values()])
     sections = [*composed.sections]
     if composed.left_out:
@@ -72,6 +72,12 @@ def report(
     written = [] if plots_folder is None else _write_plots(plots_folder, plots, force=force)
     _write_page(out, data, force=force)
     return ReportResult(out, len(data), written, composed.left_out)
+
+
+def _place(path: str | Path) -> str:
+    """Return what two names of one input have in common; a folder may be named by the file that it is known by."""
+    place = os.path.abspath(path)
+    return os.path.dirname(place) if os.path.basename(place) in ("metrics.jsonl", "generation.json") else place
 
 
 def _check(inputs: Sequence[str | Path], out: Path, png: Path | None, *, rows: int, force: bool) -> None:
