@@ -95,7 +95,7 @@ def standalone_scatter(points: Sequence[Point], *, title: str, x_label: str, y_l
         f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}">',
         f'viewBox="0 -24 {WIDTH:g} {height + 24:g}"><style>{STANDALONE}{SCATTER}</style>'
         f'<rect x="0" y="-24" width="{WIDTH:g}" height="{height + 24:g}" fill="#fff"/>'
-        f'<text class="axis" x="20" y="0">{markup(fit(title, 12, WIDTH - 40))}</text>',
+        f'<text class="axis" x="8" y="-4">{markup(fit(title, 12, WIDTH - 40))}</text>',
         1,
     )
     return body.removesuffix("</svg>") + key + "</svg>\n"
