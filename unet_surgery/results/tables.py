@@ -180,7 +180,12 @@ def _cell(score: Score | None, group: ScoreGroup, column: int, *, is_first: bool
     base = group.rows[0].cells.get(column)
     if base is None or is_first:
         return score_text(score)
-    return f"{score_text(score)} [{score.value - base.value:+.3g}]"
+    change = score.value - base.value
+    return (
+        f"{score_text(score)} [{100 * change:+.1f}]"
+        if score.metric == "toy"
+        else f"{score_text(score)} [{change:+.3g}]"
+    )
 
 
 def published_table(*, heading: str) -> Table:
