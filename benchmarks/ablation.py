@@ -422,7 +422,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def picture(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the mean accuracy of each row of the table, a line a recipe, as an SVG file."""
-    from unet_surgery.sample.chart import Curve, standalone_svg
+    from unet_surgery.pages.chart import Curve, standalone_svg
 
     curves = []
     for recipe in RECIPES:

@@ -31,6 +31,7 @@ COMMANDS = [
     "generate",
     "score",
     "stats",
+    "report",
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]

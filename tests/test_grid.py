@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unet_surgery.errors import UsageError
-from unet_surgery.sample.chart import Curve, curves_svg
+from unet_surgery.pages.chart import Curve, curves_svg
+from unet_surgery.pages.page import Accuracy, Curves, Pictures, Prose, Section, Share, Table, page
 from unet_surgery.sample.grid import grid, png
 from unet_surgery.sample.interval import wilson
-from unet_surgery.sample.page import Accuracy, Curves, Pictures, Prose, Section, Share, Table, page
 
 PROMPTS = ["a red circle at the left", "a blue square", "words " * 40]
 EVIL = '"><script>alert(1)</script>&amp;\u202e\x00'

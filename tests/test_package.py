@@ -39,6 +39,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "convert",
         "make_cache",
         "generate",
+        "report",
         "LatentCache",
         "score",
         "ScoreReport",

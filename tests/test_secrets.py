@@ -48,6 +48,7 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["score", "nothing"], 2),
     (["score", "nothing", "-m", "is"], 3),
     (["stats", "nothing", "-o", "stats.npz"], 3),
+    (["report", "out", "-o", "report.html"], 0),
     (["recipes"], 0),
     (["recipes", "show", "bk_tiny"], 0),
     (["recipes", "copy", "bk_tiny", "mine.yaml"], 0),

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from unet_surgery.lower import SurgeryPlan
     from unet_surgery.picture import draw
     from unet_surgery.recipe import Recipe, load_recipe
+    from unet_surgery.results.report import ReportResult, report
     from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
@@ -61,6 +62,7 @@ _HOMES = {
     "PruneResult": "unet_surgery.api",
     "PushResult": "unet_surgery.api",
     "Recipe": "unet_surgery.recipe",
+    "ReportResult": "unet_surgery.results.report",
     "ScoreReport": "unet_surgery.evaluate.metrics",
     "SurgeryError": "unet_surgery.errors",
     "SurgeryPlan": "unet_surgery.lower",
@@ -81,6 +83,7 @@ _HOMES = {
     "plan": "unet_surgery.api",
     "prune": "unet_surgery.api",
     "push": "unet_surgery.api",
+    "report": "unet_surgery.results.report",
     "score": "unet_surgery.evaluate.score",
     "transplant": "unet_surgery.api",
     "verify": "unet_surgery.runtime",
@@ -98,6 +101,7 @@ __all__ = [
     "PruneResult",
     "PushResult",
     "Recipe",
+    "ReportResult",
     "ScoreReport",
     "SurgeryError",
     "SurgeryPlan",
@@ -119,6 +123,7 @@ __all__ = [
     "plan",
     "prune",
     "push",
+    "report",
     "score",
     "transplant",
     "verify",

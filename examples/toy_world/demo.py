@@ -30,7 +30,7 @@ import unet_surgery as us
 from unet_surgery.distill import Progress, RunConfig, distill, load_run
 from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.errors import SurgeryError
-from unet_surgery.sample.page import Accuracy, Curve, Curves, Pictures, Prose, Section, Share, Table, page
+from unet_surgery.pages.page import Accuracy, Curve, Curves, Pictures, Prose, Section, Share, Table, page
 from unet_surgery.toyworld.checker import judge
 from unet_surgery.toyworld.grammar import parse
 

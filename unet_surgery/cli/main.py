@@ -21,6 +21,7 @@ from unet_surgery.cli.plan import plan
 from unet_surgery.cli.prune import prune
 from unet_surgery.cli.push import push
 from unet_surgery.cli.recipes import recipes
+from unet_surgery.cli.report import report
 from unet_surgery.cli.score import score
 from unet_surgery.cli.sink import set_debug, show
 from unet_surgery.cli.stats import stats
@@ -68,6 +69,7 @@ app.command()(controlnet)
 app.command()(transplant)
 app.command()(convert)
 app.command()(cache)
+app.command()(report)
 app.command()(generate)
 app.command()(score)
 app.command()(stats)

@@ -30,8 +30,8 @@ from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
 from unet_surgery.errors import OutputError, TrainingError, printable
+from unet_surgery.pages.chart import Curve, standalone_svg
 from unet_surgery.runtime.load import stored_dtype
-from unet_surgery.sample.chart import Curve, standalone_svg
 from unet_surgery.version import __version__
 
 __all__ = ["write_trained"]

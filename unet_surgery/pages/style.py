@@ -13,7 +13,7 @@ STYLE = (
     """\
 :root { --page: #ffffff; --card: #f5f7f9; --edge: #dde3e9; --text: #1b242d; --muted: #57626d; --rule: #e3e7eb;
   --tone-0: #2f6fb0; --tone-1: #b3590f; --tone-2: #2d7d46; --tone-3: #a3246f; --right: #1f7a3d; --wrong: #b3261e; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --page: #11161c; --card: #1a2129; --edge: #2c353f; --text: #e8edf2; --muted: #a3afbb; --rule: #2c353f;
     --tone-0: #6fb1f2; --tone-1: #f0a35e; --tone-2: #6fcf8f; --tone-3: #f08cc4; --right: #6fcf8f; --wrong: #ff8f86; } }
 * { box-sizing: border-box; }
@@ -28,20 +28,32 @@ h3 { font-size: 1rem; }
 p { max-width: 44rem; overflow-wrap: anywhere; white-space: pre-line; }
 .note { color: var(--muted); font-size: .9rem; margin: .6rem 0 0; }
 .wide { overflow-x: auto; }
+.wide:focus-visible { outline: 2px solid var(--tone-0); outline-offset: 4px; }
+nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; margin: 1.25rem 0 0; }
+nav li { overflow-wrap: anywhere; }
+a { color: var(--tone-0); }
+caption { text-align: left; color: var(--muted); font-size: .9rem; padding-bottom: .5rem; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.drawing { display: block; width: 100%; height: auto; }
+section + section:not(:has(h2)) { margin-top: 1.75rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--edge); }
 th:first-child { text-align: left; padding-left: 0; }
 td:last-child, th:last-child { padding-right: 0; }
 thead th { color: var(--muted); font-weight: 600; font-size: .9rem; border-bottom-width: 2px; vertical-align: bottom; }
 tbody th { font-weight: 500; }
+.dense { font-size: .85rem; }
+.dense tbody th { white-space: nowrap; }
+.dense th, .dense td { padding-top: .15rem; padding-bottom: .15rem; font-size: .85rem; }
 .grid { display: grid; gap: .6rem; align-items: center;
   grid-template-columns: minmax(8rem, 1.5fr) repeat(var(--columns), minmax(0, 1fr)); }
 .head { text-align: center; font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; align-self: end; }
 .prompt { color: var(--muted); font-size: .95rem; line-height: 1.35; overflow-wrap: anywhere; }
 .cell { text-align: center; line-height: 1.3; }
 .cell img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 4px;
-  outline: 1px solid var(--edge); }
-.mark { font-size: .8rem; }
+  outline: 1px solid var(--edge); outline-offset: -1px; }
+.cell img.smooth { image-rendering: auto; }
+.cell .mark { font-size: .8rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: 0; margin: 0 0 .5rem;
@@ -61,6 +73,17 @@ tbody th { font-weight: 500; }
 .fill-3 { fill: var(--tone-3); }
 .track { fill: var(--card); }
 .whisker { stroke: var(--text); stroke-width: 2; fill: none; vector-effect: non-scaling-stroke; }
+.axis { font-weight: 600; }
+.spread { stroke: var(--muted); stroke-width: 1.5; }
+.chart .name { fill: var(--text); }
+.mark { transform-box: fill-box; transform-origin: center; }
+.chart .mark text { font-size: 11px; }
+.own circle { fill: var(--tone-0); }
+.chart .own text { fill: var(--page); }
+.others path { fill: var(--page); stroke: var(--tone-1); stroke-width: 1.5; }
+.chart .others text { fill: var(--tone-1); }
+.dot.own { color: var(--tone-0); }
+.dot.others { color: var(--tone-1); }
 .bars { display: grid; gap: .35rem .9rem; align-items: center;
   grid-template-columns: minmax(5rem, auto) minmax(6rem, 1fr) auto; }
 .group { grid-column: 1 / -1; margin: .8rem 0 0; }
@@ -68,14 +91,24 @@ tbody th { font-weight: 500; }
 .value { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .value span { color: var(--muted); font-size: .85rem; }
 @media (max-width: 40rem) {
-  .grid { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: .4rem; }
+  .grid { grid-template-columns: repeat(var(--columns), minmax(5.5rem, 1fr)); gap: .4rem; }
   .prompt { grid-column: 1 / -1; margin-top: .6rem; }
   .prompt.head { display: none; }
   .chart text { font-size: 18px; }
+  .chart .name { display: none; }
+  .chart .mark { transform: scale(1.6); }
+  .drawing { width: 44rem; max-width: none; }
   .bars { grid-template-columns: auto minmax(0, 1fr); grid-auto-flow: dense; row-gap: .25rem; }
   .name { grid-column: 1; }
   .value { grid-column: 2; text-align: right; white-space: normal; }
   .bar { grid-column: 1 / -1; margin-bottom: .5rem; }
+}
+@media print {
+  main { max-width: none; padding: 0; }
+  nav { display: none; }
+  .wide { overflow: visible; }
+  h2 { break-after: avoid; }
+  tr, .chart, .drawing, .cell, .bars { break-inside: avoid; }
 }
 """
 )

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, inf, isfinite, log10
 
+from unet_surgery.pages.markup import markup
 from unet_surgery.picture.palette import FONTS
-from unet_surgery.sample.markup import markup
 
-__all__ = ["NUM_TONES", "Curve", "curves_svg", "standalone_svg", "tone_class"]
+__all__ = ["NUM_TONES", "STANDALONE", "Curve", "curves_svg", "standalone_svg", "tick_label", "ticks", "tone_class"]
 
 WIDTH, HEIGHT = 640.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 12.0, 36.0
@@ -72,7 +72,7 @@ def curves_svg(curves: Sequence[Curve], *, title: str, x_label: str, log: bool) 
         return '<p class="note">no values</p>'
     first, last = min(x for x, _ in flat), max(x for x, _ in flat)
     low, high = min(y for _, y in flat), max(y for _, y in flat)
-    y_ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    y_ticks = _log_ticks(low, high) if log else ticks(low, high)
     axes = _Axes(
         (first, last if last > first else first + 1),
         (log10(y_ticks[0]), log10(y_ticks[-1])) if log else (y_ticks[0], y_ticks[-1]),
@@ -82,11 +82,11 @@ def curves_svg(curves: Sequence[Curve], *, title: str, x_label: str, log: bool) 
     for tick in y_ticks:
         y = axes.y(tick)
         parts.append(f'<path class="rule" d="M{LEFT:g},{y:.1f}H{WIDTH - RIGHT:g}"/>')
-        parts.append(f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in _ticks(first, last):
+        parts.append(f'<text x="{LEFT - 8:g}" y="{y + 4:.1f}" text-anchor="end">{tick_label(tick)}</text>')
+    for tick in ticks(first, last):
         if axes.x_range[0] <= tick <= axes.x_range[1]:
             x, y = axes.x(tick), HEIGHT - BOTTOM + 18
-            parts.append(f'<text x="{x:.1f}" y="{y:g}" text-anchor="middle">{_label(tick)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{y:g}" text-anchor="middle">{tick_label(tick)}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT:g}" y="{HEIGHT - 3:g}" text-anchor="end">{markup(x_label)}</text>')
     for k, line in enumerate(points):
         course = "".join(
@@ -132,7 +132,7 @@ def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Return round numbers, evenly spaced, from at most ``low`` to at least ``high``."""
     span = high - low or abs(high) or 1.0
     power = 10.0 ** floor(log10(span / NUM_TICKS))
@@ -151,6 +151,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [m for m in marks if below <= m <= above]
 
 
-def _label(value: float) -> str:
+def tick_label(value: float) -> str:
     text = f"{value:.4g}"
     return text if "e" in text or abs(value) < 10_000 else f"{value:,.0f}"

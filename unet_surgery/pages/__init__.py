@@ -1,0 +1,1 @@
+"""Pages of results in HTML: tables, grids of pictures, and charts as SVG, without scripts."""

@@ -1,0 +1,1 @@
+"""What came of it all: the files that the commands leave, read back, compared and shown on one page."""
