@@ -38,6 +38,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "transplant",
         "convert",
         "make_cache",
+        "get_data",
         "LatentCache",
         "SurgeryPlan",
         "SurgeryError",

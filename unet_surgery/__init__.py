@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.data.cache import CacheResult, make_cache
+    from unet_surgery.data.get import DataResult, get_data
     from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
     from unet_surgery.lower import SurgeryPlan
@@ -50,6 +51,7 @@ _HOMES = {
     "ExportResult": "unet_surgery.api",
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
+    "DataResult": "unet_surgery.data.get",
     "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
     "PruneResult": "unet_surgery.api",
@@ -64,6 +66,7 @@ _HOMES = {
     "convert": "unet_surgery.runtime",
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
+    "get_data": "unet_surgery.data.get",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
@@ -80,6 +83,7 @@ __all__ = [
     "CheckReport",
     "ControlNetResult",
     "ConvertResult",
+    "DataResult",
     "ExportResult",
     "LatentCache",
     "ModelReport",
@@ -96,6 +100,7 @@ __all__ = [
     "convert",
     "draw",
     "export",
+    "get_data",
     "inspect_model",
     "load_recipe",
     "load_unet",
