@@ -37,8 +37,8 @@ def list_sets(as_json: Json = False) -> None:
             ],
         } for published in SETS.values()])  # fmt: skip
         return
-    rows = [(s.name, s.what, _size(s.num_bytes), "sha256" if s.is_checked else "–", s.licence) for s in SETS.values()]
-    show(table(("name", "what", "to fetch", "checked by", "licence"), rows, right=(2,)))
+    rows = [(s.name, s.what, _size(s.num_bytes), "sha256" if s.is_checked else "–") for s in SETS.values()]
+    show(table(("name", "what", "to fetch", "checked by"), rows, right=(2,)))
 
 
 @data.command("get")
@@ -92,6 +92,7 @@ def _tell(result: DataResult) -> None:
     say(f"{result.num_files} files{pictures}, {_size(result.num_bytes)}; {_size(result.num_received)} came now")
     if not result.is_checked:
         say("nobody published a checksum of all of it, so it could not be compared with one; data.json says what came")
+    say(f"licence: {result.licence}")
     say(f"next:  {result.use}")
 
 

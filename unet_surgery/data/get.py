@@ -1,4 +1,4 @@
-"""Fetching a published set: its files, resumed where they broke off, then unpacked beside the place and put there whole.
+"""Fetching a published set: its files, resumed where they broke off, then unpacked, and put in place whole.
 
 What is being fetched lies in ``.NAME.parts.unet-surgery`` beside the set's folder, on the disk that was chosen for it,
 until the set is in place.
@@ -6,6 +6,7 @@ until the set is in place.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -53,6 +54,7 @@ class DataResult:
     num_pictures: int
     num_received: int
     is_checked: bool
+    licence: str
     use: str
 
 
@@ -81,7 +83,7 @@ def get_data(
         raise AssertionError("two pieces of one name")
     parts = parts_folder(target)
     bars = _Bars(published, progress or (lambda _done, _total: None))
-    with Staging(target) as staging:
+    with Staging(target) as staging, _tidied(parts):
         if not parts.is_dir():
             check_space(target.parent, (published.num_bytes or 0) + published.unpacked_bytes)
             disk.make_folders(parts)
@@ -103,6 +105,17 @@ def get_data(
     return result
 
 
+@contextlib.contextmanager
+def _tidied(parts: Path) -> Iterator[None]:
+    """Leave no empty folder behind where nothing came."""
+    try:
+        yield
+    except BaseException:
+        if parts.is_dir() and not any(parts.iterdir()):
+            disk.remove_folder(parts)
+        raise
+
+
 def parts_folder(target: Path) -> Path:
     """Return where what is fetched for the folder ``target`` lies meanwhile."""
     return target.parent / f".{target.name}.parts.unet-surgery"
@@ -112,6 +125,8 @@ def _url(published: PublishedSet, piece: Piece, base_url: str | None) -> str:
     if base_url is not None:
         if not base_url.startswith(("https://", "http://")):
             raise UsageError("this is no web address", expected="https://…", found=printable(base_url))
+        if "@" in base_url:  # it is shown, and written down
+            raise UsageError("a mirror's address may hold no user and password", expected="https://host/…")
         return f"{base_url.rstrip('/')}/{published.name}/{piece.name}"
     kind, is_hub, rest = piece.address.partition("hub:")
     if not is_hub or kind:
@@ -189,6 +204,7 @@ def _result(published: PublishedSet, target: Path, folder: Path, fetched: Sequen
         num_pictures=num_pictures,
         num_received=sum(file.num_received for file in fetched),
         is_checked=published.is_checked,
+        licence=published.licence,
         use=published.use,
     )
 

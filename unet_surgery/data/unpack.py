@@ -27,6 +27,7 @@ __all__ = ["DamagedArchiveError", "Limits", "Unpacked", "unpack_tar_gz", "unpack
 CHUNK_BYTES = 1 << 20
 MAX_READ_BYTES = 4 << 20  # of a tar's own words, such as a long name
 MAX_TAIL_BYTES = 64 << 20  # what may follow a tar's end
+HEADER_BYTES = 4096  # of one file, at most
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 8
 HIDDEN_FOLDERS = ("__MACOSX",)
@@ -133,7 +134,8 @@ def unpack_tar_gz(archive: Path, folder: Path, limits: Limits, on_bytes: Callabl
     sink = _Sink(archive, folder, limits)
     with archive.open("rb") as raw:
         read = _Hashing(raw, on_bytes)
-        stream = _Forward(gzip.GzipFile(fileobj=cast("IO[bytes]", read), mode="rb"))
+        most = limits.num_bytes + limits.num_files * HEADER_BYTES
+        stream = _Forward(gzip.GzipFile(fileobj=cast("IO[bytes]", read), mode="rb"), most)
         try:
             with tarfile.open(fileobj=stream, mode="r:", errorlevel=2) as tar:  # type: ignore[call-overload]
                 while (member := tar.next()) is not None:
@@ -167,7 +169,7 @@ def unpack_zip(archive: Path, folder: Path, limits: Limits, on_bytes: Callable[[
 
 def _take(sink: _Sink, stream: _Forward, member: tarfile.TarInfo) -> None:
     if member.isdir():
-        if member.name.strip("./"):
+        if member.name.strip("./") or member.name.startswith("/"):
             sink.parts(member.name)
         return
     if not member.isreg() or member.issparse():
@@ -204,37 +206,32 @@ class _Hashing:
 
 
 class _Forward:
-    """What ``tarfile`` needs of a file, over a stream: going on, and one byte back, which it does after each member."""
+    """What ``tarfile`` needs of a file, over a stream that only goes on, and no further than ``limit``."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, limit: int) -> None:
+        self._stream, self._limit = stream, limit
         self._position = 0
-        self._last = b""
-        self._is_back = False
+        self._recent = b""
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, position: int) -> int:
-        if position == self._position - 1 and self._last and not self._is_back:
-            self._is_back, self._position = True, position
         while self._position < position:
             if not self.read(min(CHUNK_BYTES, position - self._position)):
-                break
-        if self._position != position:
-            raise EOFError("the archive ends early")
+                raise EOFError("the archive ends early")
+        if self._position > position:
+            raise ValueError("the archive's files overlap")
         return position
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_READ_BYTES:
             raise _ImplausibleError(f"a header of {size} bytes")
-        data = b""
-        if self._is_back and size:
-            data, self._is_back, size = self._last, False, size - 1
-        data += bytes(self._stream.read(size))
-        if data:
-            self._last, self._position = data[-1:], self._position + len(data)
-        return data
+        self._recent = bytes(self._stream.read(size))
+        self._position += len(self._recent)
+        if self._position > self._limit:
+            raise _ImplausibleError("it holds implausibly much")
+        return self._recent
 
     def chunks(self, size: int) -> Iterator[bytes]:
         """Yield the next ``size`` bytes."""
@@ -246,7 +243,9 @@ class _Forward:
             yield data
 
     def finish(self) -> None:
-        """Read to the end of the stream, which compares its checksum."""
+        """Check that the tar ended where it says so, and read to the stream's end, which compares its checksum."""
+        if self._recent != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+            raise EOFError("the archive ends early, or is damaged there")
         left = MAX_TAIL_BYTES
         while data := self._stream.read(CHUNK_BYTES):
             left -= len(data)
