@@ -18,7 +18,8 @@ from test_cli import tool
 
 from unet_surgery.data.cache import make_cache
 from unet_surgery.data.cachefolder import read_facts
-from unet_surgery.data.filters import Condition, FilteredSource, parse_filter
+from unet_surgery.data.conditions import Condition, parse_filter
+from unet_surgery.data.filters import FilteredSource
 from unet_surgery.data.latents import LatentCache
 from unet_surgery.data.sources import Source, open_source
 from unet_surgery.errors import DataError, OutputError, UsageError
@@ -259,3 +260,33 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     assert "2 samples" in err
     assert "not a filter" in tool(*words, "--filter", "style=photo", code=2)[1]
     assert "file_name, text" in tool(*words[:-1], str(tmp_path / "d"), "--filter", "beauty>1", code=3)[1]
+
+
+def test_a_run_file_takes_filters_of_pictures_only(pictures: Path, tmp_path: Path) -> None:
+    from pydantic import ValidationError
+
+    from unet_surgery.distill.config import DataConfig
+
+    one = DataConfig.model_validate({"images": "p", "filter": "score>=6.5"})
+    assert one == DataConfig.model_validate({"images": "p", "filter": ["score>=6.5"]})
+    assert DataConfig.model_validate({"images": "p"}).filter == ()
+    with pytest.raises(ValidationError, match="a cache is filtered when it is made"):
+        DataConfig.model_validate({"cache": "c", "filter": "score>=6.5"})
+    with pytest.raises(ValidationError, match="this is not a filter: score=6.5"):
+        DataConfig.model_validate({"images": "p", "filter": "score=6.5"})
+
+
+def test_the_card_names_the_filter(pictures: Path, tmp_path: Path) -> None:
+    from unet_surgery.distill.config import RunConfig
+    from unet_surgery.distill.finish import _data
+
+    make_cache(pictures, "tiny-random", tmp_path / "cache", resolution=16, filters=["style=='photo'"])
+    run = {"output": "o", "student": "s", "teacher": "t", "steps": 1}
+
+    def said(data: dict[str, object]) -> str:
+        return _data(RunConfig.from_data({**run, "data": data}))
+
+    assert said({"images": "p", "filter": ["a>1", "b<2"]}) == "On p where `a>1` and `b<2`, at 512 pixels"
+    assert said({"images": "p"}) == "On p, at 512 pixels"
+    assert said({"cache": str(tmp_path / "cache")}) == "On the latents in cache where `style=='photo'`"
+    assert said({"cache": str(tmp_path / "gone")}) == "On the latents in gone"

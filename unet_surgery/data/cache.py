@@ -104,7 +104,7 @@ def make_cache(
 
     ``source`` is what :func:`unet_surgery.data.sources.open_source` opens, ``model`` a pipeline: a folder, a built-in
     name or a Hub id. ``filters`` such as ``score>=6.5`` choose samples by the columns of the source's metadata
-    (:func:`unet_surgery.data.filters.parse_filter`); all must hold, and ``limit`` counts what they leave. ``flip``
+    (:func:`unet_surgery.data.conditions.parse_filter`); all must hold, and ``limit`` counts what they leave. ``flip``
     keeps every picture's mirror image as well. The VAE runs in ``dtype`` (``fp32``, or ``bf16``; in fp16 that of SD
     overflows). ``part`` is (index, count) of processes that share the work, each with ``workers`` processes of its own;
     the result is the same for any number, byte for byte where each encodes with the same number of threads, and up to

@@ -131,14 +131,15 @@ def open_source(
     for many); a folder that ``datasets`` saved; or a dataset of the Hub, ``[hub:]org/name[@revision]``, of which
     ``split`` is taken. ``caption_column`` is the column, or the key in a tar's JSON, that holds the captions; in place
     of ``text`` it may be ``caption``. Of its samples those stay that meet all ``filters``
-    (:func:`unet_surgery.data.filters.parse_filter`).
+    (:func:`unet_surgery.data.conditions.parse_filter`).
 
     Raises:
         DataError: it is none of these, or holds no samples, or none that meets the filters.
         UsageError: a filter cannot be read.
         MissingExtraError: it needs the library ``datasets``, which is not installed.
     """
-    from unet_surgery.data.filters import filtered, parse_filter
+    from unet_surgery.data.conditions import parse_filter
+    from unet_surgery.data.filters import filtered
 
     for text in filters:
         parse_filter(text)  # before what may take long

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from unet_surgery.data.conditions import parse_filter
 from unet_surgery.errors import UsageError
 
 __all__ = [
@@ -184,8 +185,6 @@ class DataConfig(_Model):
             raise ValueError(f"one of cache, images and toy is needed, and {' and '.join(given) or 'none'} is given")
         if self.filter and self.images is None:
             raise ValueError("filter is of images; a cache is filtered when it is made: unet-surgery cache --filter")
-        from unet_surgery.data.filters import parse_filter
-
         for text in self.filter:
             try:
                 parse_filter(text)
