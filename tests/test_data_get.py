@@ -57,7 +57,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return data.getvalue()
 
 
-ARCHIVE = tar_gz({**FILES, "train/metadata.csv": TABLE.encode()})
+ARCHIVE = tar_gz({**FILES, "train/metadata.csv": TABLE.encode()}, level=0)  # as large as any other of these sizes
 WHOLE = {**FILES, "train/metadata.csv": TABLE.encode()}
 
 
@@ -234,8 +234,8 @@ def test_a_file_that_was_replaced_between_two_runs(hub: HubStandIn, fetch, tmp_p
     with pytest.raises(HubError):
         fetch(hub)
     hub.faults.clear()
-    new = {name: os.urandom(len(data)) for name, data in FILES.items()}
-    (tmp_path / "mirror" / NAME / "preprocessed_11k.tar.gz").write_bytes(tar_gz(new))
+    new = {name: os.urandom(len(data)) for name, data in WHOLE.items()}
+    (tmp_path / "mirror" / NAME / "preprocessed_11k.tar.gz").write_bytes(tar_gz(new, level=0))
     hub.add("org/data", tmp_path / "mirror")
     fetch(hub)
     assert found(tmp_path / "out") == new
