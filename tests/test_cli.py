@@ -35,6 +35,7 @@ COMMANDS = [
     "doctor",
 ]
 RECIPE_COMMANDS = ["show", "check", "copy", "diff"]
+DATA_COMMANDS = ["ls", "get"]
 
 
 def tool(*words: str, cwd: Path | None = None, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
@@ -51,7 +52,13 @@ def tool(*words: str, cwd: Path | None = None, code: int = 0, env: dict[str, str
     return result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("command", [[c] for c in COMMANDS] + [["recipes", c] for c in RECIPE_COMMANDS] + [["recipes"]])
+@pytest.mark.parametrize(
+    "command",
+    [[c] for c in COMMANDS]
+    + [["recipes", c] for c in RECIPE_COMMANDS]
+    + [["recipes"]]
+    + [["data", c] for c in DATA_COMMANDS],
+)
 def test_every_help_has_an_example(command: list[str]) -> None:
     out, _ = tool(*command, "--help")
     assert f"Example: unet-surgery {' '.join(command)}" in out
@@ -59,7 +66,7 @@ def test_every_help_has_an_example(command: list[str]) -> None:
 
 def test_help_and_version() -> None:
     out, _ = tool("--help")
-    assert all(command in out for command in [*COMMANDS, "recipes"])
+    assert all(command in out for command in [*COMMANDS, "recipes", "data"])
     assert tool("-h")[0] == out
     import unet_surgery
 

@@ -40,6 +40,7 @@ def test_public_names_are_complete_and_resolve() -> None:
         "make_cache",
         "generate",
         "report",
+        "get_data",
         "LatentCache",
         "score",
         "ScoreReport",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.checkpoint.scorecard import add_scores
     from unet_surgery.data.cache import CacheResult, make_cache
+    from unet_surgery.data.get import DataResult, get_data
     from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
     from unet_surgery.evaluate.generate import GenerateResult, generate
@@ -56,6 +57,7 @@ _HOMES = {
     "ExportResult": "unet_surgery.api",
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
+    "DataResult": "unet_surgery.data.get",
     "GenerateResult": "unet_surgery.evaluate.generate",
     "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
@@ -75,6 +77,7 @@ _HOMES = {
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
     "generate": "unet_surgery.evaluate.generate",
+    "get_data": "unet_surgery.data.get",
     "inspect_model": "unet_surgery.api",
     "load_recipe": "unet_surgery.recipe",
     "load_unet": "unet_surgery.runtime",
@@ -94,6 +97,7 @@ __all__ = [
     "CheckReport",
     "ControlNetResult",
     "ConvertResult",
+    "DataResult",
     "ExportResult",
     "GenerateResult",
     "LatentCache",
@@ -115,6 +119,7 @@ __all__ = [
     "draw",
     "export",
     "generate",
+    "get_data",
     "inspect_model",
     "load_recipe",
     "load_unet",

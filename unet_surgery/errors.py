@@ -15,7 +15,7 @@
     ├── TrainingError               1   a training run cannot go on
     ├── OutputError                 4   the output cannot be written
     │   └── OutputBusyError         4   another process is writing the output
-    ├── HubError                    5   the Hugging Face Hub cannot be reached or refuses
+    ├── HubError                    5   the Hugging Face Hub, or another server, cannot be reached or refuses
     ├── VerificationError           6   a student is not what its plan says
     └── MissingExtraError           1   an optional dependency is not installed
 
@@ -212,7 +212,7 @@ class OutputBusyError(OutputError):
 
 
 class HubError(SurgeryError):
-    """The Hugging Face Hub cannot be reached, or refuses."""
+    """The Hugging Face Hub, or another server that has data, cannot be reached or refuses."""
 
     exit_code = 5
 

@@ -36,6 +36,7 @@ __all__ = [
     "rename_new",
     "replace_file",
     "start_writeback",
+    "sync_all",
     "truncate",
     "write",
     "write_at",
@@ -154,6 +155,11 @@ def fsync_folder(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def sync_all() -> None:
+    """Force all that was written to the disks: for so many small files that an fsync of each would take hours."""
+    os.sync()
 
 
 def copy_range(source_fd: int, offset: int, length: int, target_fd: int, on_bytes: OnBytes = _ignore) -> None:

@@ -45,6 +45,13 @@ def cache(
     ] = "text",
     limit: Annotated[int | None, typer.Option(help="Take only the first samples of the source.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset with several splits.")] = "train",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Take only samples whose metadata says so: score>=6.5, style=='photo'. Several: all of them.",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes on this machine; each takes a GPU of its own.")] = 1,
     part: Annotated[
         str | None,
@@ -89,6 +96,7 @@ def cache(
             caption_column=caption_column,
             limit=limit,
             split=split,
+            filters=filters or (),
             part=(index, count),
             workers=workers,
             decoders=decoders,
@@ -115,6 +123,8 @@ def _tell(result: CacheResult) -> None:
     from unet_surgery.cli.format import gigabytes
 
     bad = sum(result.bad.values())
+    if result.num_filtered:
+        say(f"--filter left out {result.num_filtered}")
     each = f", {result.num_bytes / result.num_samples / 1024:.1f} KiB each" if result.num_samples else ""
     say(f"{result.num_samples} samples, {gigabytes(result.num_bytes)}{each}; {result.num_encoded} encoded now")
     if bad:

@@ -11,6 +11,7 @@ from unet_surgery.cli.cache import cache
 from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
 from unet_surgery.cli.convert import convert
+from unet_surgery.cli.data import data
 from unet_surgery.cli.distill import distill
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
@@ -75,6 +76,7 @@ app.command()(score)
 app.command()(stats)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from unet_surgery.data.cachefolder import (
 )
 from unet_surgery.data.cacheplan import CacheFacts, CacheSettings, Part, check_share, shard_name, shard_ranges
 from unet_surgery.data.encode import check_resolution
+from unet_surgery.data.filters import FilteredSource
 from unet_surgery.data.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.data.shards import Encoder, write_shard
 from unet_surgery.data.sources import CAPTION_COLUMNS, Source, open_source
@@ -56,13 +57,15 @@ class CacheRequest:
     limit: int | None = None
     split: str = "train"
     decoders: int = 4
+    filters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CacheResult:
     """A cache, or this part of one: ``finished`` says whether all parts are there.
 
-    ``num_encoded`` samples went through the VAE in this run; ``bad`` counts what was left out, by reason.
+    ``num_encoded`` samples went through the VAE in this run; ``bad`` counts those that cannot be used, by reason;
+    ``num_filtered`` are those that the filters left out before.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class CacheResult:
     num_shards_done: int
     num_encoded: int
     bad: dict[str, int] = field(default_factory=dict)
+    num_filtered: int = 0
 
 
 def make_cache(
@@ -90,6 +94,7 @@ def make_cache(
     caption_column: str = CAPTION_COLUMNS[0],
     limit: int | None = None,
     split: str = "train",
+    filters: Sequence[str] = (),
     part: tuple[int, int] = (0, 1),
     workers: int = 1,
     decoders: int = 4,
@@ -98,11 +103,13 @@ def make_cache(
     """Encode the pictures of ``source`` by the VAE of ``model`` into the folder ``out``, or go on with it.
 
     ``source`` is what :func:`unet_surgery.data.sources.open_source` opens, ``model`` a pipeline: a folder, a built-in
-    name or a Hub id. ``flip`` keeps every picture's mirror image as well. The VAE runs in ``dtype`` (``fp32``, or
-    ``bf16``; in fp16 that of SD overflows). ``part`` is (index, count) of processes that share the work, each with
-    ``workers`` processes of its own; the result is the same for any number, byte for byte where each encodes with the
-    same number of threads, and up to rounding where not. ``decoders`` are threads that decode pictures. ``progress`` is
-    called with samples done and in all, of this part.
+    name or a Hub id. ``filters`` such as ``score>=6.5`` choose samples by the columns of the source's metadata
+    (:func:`unet_surgery.data.conditions.parse_filter`); all must hold, and ``limit`` counts what they leave. ``flip``
+    keeps every picture's mirror image as well. The VAE runs in ``dtype`` (``fp32``, or ``bf16``; in fp16 that of SD
+    overflows). ``part`` is (index, count) of processes that share the work, each with ``workers`` processes of its own;
+    the result is the same for any number, byte for byte where each encodes with the same number of threads, and up to
+    rounding where not. ``decoders`` are threads that decode pictures. ``progress`` is called with samples done and in
+    all, of this part.
 
     Raises:
         DataError: there is no such data, or more than the share ``max_bad`` of it cannot be used.
@@ -130,6 +137,7 @@ def make_cache(
         limit,
         split,
         decoders,
+        tuple(filters),
     )
     whole = Part(*part)
     report = progress or (lambda _done, _total: None)
@@ -142,7 +150,9 @@ def make_cache(
 
 def write_part(request: CacheRequest, part: Part, progress: Progress) -> CacheResult:
     """Write the shards of ``part`` that are not there yet, then the indices if all are."""
-    source = open_source(request.source, caption_column=request.caption_column, split=request.split)
+    source = open_source(
+        request.source, caption_column=request.caption_column, split=request.split, filters=request.filters
+    )
     check_output(request.out, *(Path(text).expanduser() for text in (request.source, request.model)))
     teacher, folder = _model(request.model)
     encoder = Encoder.load(folder, request.device, request.dtype, request.batch, request.decoders)
@@ -159,7 +169,8 @@ def write_part(request: CacheRequest, part: Part, progress: Progress) -> CacheRe
             return _finished(request.out, num_shards, num_encoded)
         num_rows, num_bytes = sum(s.rows for s in done.values()), sum(s.num_bytes for s in done.values())
         bad = dict(bad_counts(done))
-        return CacheResult(request.out, False, num_rows, num_bytes, num_shards, len(done), num_encoded, bad)
+        left_out = settings.num_left_out
+        return CacheResult(request.out, False, num_rows, num_bytes, num_shards, len(done), num_encoded, bad, left_out)
     facts = CacheFacts.of(settings, encoder.empty_ids, teacher, done)
     check_share(facts.bad, settings.num_samples, request.max_bad, request.source)
     if not facts.count:
@@ -171,7 +182,10 @@ def write_part(request: CacheRequest, part: Part, progress: Progress) -> CacheRe
 def _finished(out: Path, num_shards: int, num_encoded: int) -> CacheResult:
     facts = read_facts(out)
     num_bytes = sum(shard.num_bytes for shard in facts.shards.values())
-    return CacheResult(out, True, facts.count, num_bytes, num_shards, num_shards, num_encoded, dict(facts.bad))
+    left_out = facts.settings.num_left_out
+    return CacheResult(
+        out, True, facts.count, num_bytes, num_shards, num_shards, num_encoded, dict(facts.bad), left_out
+    )
 
 
 def _joined(results: Sequence[CacheResult]) -> CacheResult:
@@ -182,6 +196,7 @@ def _joined(results: Sequence[CacheResult]) -> CacheResult:
 
 def settings_for(request: CacheRequest, source: Source, encoder: Encoder) -> CacheSettings:
     """Return all that decides what the cache holds."""
+    chosen = source if isinstance(source, FilteredSource) else None
     return CacheSettings(
         resolution=request.resolution,
         flip=request.flip,
@@ -195,6 +210,8 @@ def settings_for(request: CacheRequest, source: Source, encoder: Encoder) -> Cac
         vae=vae_sha256(encoder.parts.folder),
         tokenizer=tokenizer_sha256(encoder.parts.folder),
         source=source.fingerprint,
+        filter=tuple(map(str, chosen.conditions)) if chosen else (),
+        num_left_out=chosen.num_left_out if chosen else 0,
     )
 
 

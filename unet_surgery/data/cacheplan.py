@@ -36,7 +36,8 @@ _SHARD = re.compile(r"data-\d{5,}-of-\d{5,}\.arrow")
 class CacheSettings:
     """All that decides what a cache holds, rounding apart; a run with others does not continue it.
 
-    ``moments_shape`` is [2C, h, w]; ``vae``, ``tokenizer`` and ``source`` are hashes of contents.
+    ``moments_shape`` is [2C, h, w]; ``vae``, ``tokenizer`` and ``source`` are hashes of contents. ``filter`` left
+    ``num_left_out`` of the source's samples out: they are none of ``num_samples``.
     """
 
     resolution: int
@@ -52,6 +53,8 @@ class CacheSettings:
     tokenizer: str
     source: str
     format: int = FORMAT
+    filter: tuple[str, ...] = ()
+    num_left_out: int = 0
 
     @property
     def row_values(self) -> int:
@@ -64,13 +67,19 @@ class CacheSettings:
         return self.row_values * 2 * (1 + self.flip) + 4 * self.num_tokens + 150
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "moments_shape": list(self.moments_shape)}
+        data = {**asdict(self), "moments_shape": list(self.moments_shape), "filter": list(self.filter)}
+        if not self.filter:  # as it was before there were filters
+            del data["filter"], data["num_left_out"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CacheSettings:
         """Raises KeyError, TypeError or ValueError for what was not written by ``to_json``."""
         channels, height, width = (int(n) for n in data["moments_shape"])
-        return cls(**{**data, "moments_shape": (channels, height, width)})
+        conditions = data.get("filter", [])
+        if not isinstance(conditions, list) or not all(isinstance(text, str) for text in conditions):
+            raise ValueError(f"filter {conditions!r} is no list of texts")
+        return cls(**{**data, "moments_shape": (channels, height, width), "filter": tuple(conditions)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +221,8 @@ def shard_name(index: int, num_shards: int) -> str:
 def check_same(there: CacheSettings, wanted: CacheSettings, where: str) -> None:
     """Raise OutputError, naming the keys, if a cache was begun with other settings."""
     old, new = there.to_json(), wanted.to_json()
+    absent = {"filter": "none", "num_left_out": 0}
+    old, new = absent | old, absent | new
     keys = [key for key in new if old[key] != new[key]]
     if keys:
         raise OutputError(

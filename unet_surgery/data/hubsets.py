@@ -6,6 +6,7 @@ No code of a dataset is ever run: the library gave that up with version 4, the o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class DatasetSource:
                 found=first_few(pictures) or f"columns {first_few(dataset.column_names)}, none of them pictures",
             )
         self._picture, self._caption = pictures[0], caption_column(dataset.column_names, caption, where)
+        self._all = dataset
         self._rows = dataset.select_columns([self._picture, self._caption]).cast_column(
             self._picture, library.Image(decode=False)
         )
@@ -77,6 +79,20 @@ class DatasetSource:
 
     def id(self, index: int) -> str:
         return str(index)
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """Yield the values of ``columns`` of each row.
+
+        Raises:
+            DataError: the dataset has no such column; names those it has.
+        """
+        there = self._all.column_names
+        if missing := [column for column in columns if column not in there]:
+            raise DataError(
+                "a filter names a column that is not there", expected=first_few(there), found=printable(missing[0])
+            )
+        for index, row in enumerate(self._all.select_columns(list(columns))):
+            yield f"row {index}", row
 
     def read(self, index: int) -> RawSample:
         try:

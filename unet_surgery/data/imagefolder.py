@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 Entry = tuple[str, str | None] | Broken
 """A picture's name, beside the metadata file, and its caption as JSON (None: it has none); or what is wrong."""
+
+OnRow = Callable[[str, Mapping[str, object]], None]
+"""Called with a row's place and what stands in it, before its entry is given."""
 
 
 def find_metadata(root: Path) -> list[Path]:
@@ -53,7 +57,7 @@ class FolderSource:
     """The samples that metadata files name, in their order."""
 
     def __init__(self, root: Path, metadata: Sequence[Path], *, caption: str = CAPTION_COLUMNS[0]) -> None:
-        self._root = root
+        self._root, self._metadata, self._caption = root, tuple(metadata), caption
         self._broken: dict[int, Broken] = {}
         names: list[str] = []
         captions: list[str] = []
@@ -92,6 +96,16 @@ class FolderSource:
     def id(self, index: int) -> str:
         return self._names[index]
 
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, object]] | Broken]:
+        """Yield what the metadata says of each sample, and where; it is read again for that."""
+        del columns  # all are at hand
+        last: list[tuple[str, Mapping[str, object]]] = []
+        for path in self._metadata:
+            read = _csv_entries if path.suffix == ".csv" else _json_entries
+            for entry in read(path, self._caption, lambda where, row: last.append((where, row))):
+                yield entry if isinstance(entry, Broken) else last[-1]
+                last.clear()
+
     def read(self, index: int) -> RawSample:
         name, caption = self.entry(index)
         return RawSample(name, caption, _read_inside(self._root, name))
@@ -127,7 +141,7 @@ def _read_inside(root: Path, name: str) -> bytes:
         raise BadSampleError("bomb" if is_huge else "unreadable", f"{error.what}: {error.found}") from error
 
 
-def _csv_entries(path: Path, wanted: str) -> Iterator[Entry]:
+def _csv_entries(path: Path, wanted: str, on_row: OnRow | None = None) -> Iterator[Entry]:
     """Yield the rows; bytes that are no UTF-8 become lone surrogates, which no caption may hold."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
@@ -155,10 +169,12 @@ def _csv_entries(path: Path, wanted: str) -> Iterator[Entry]:
             if len(row) > len(columns) or not (name_at < len(row) and row[name_at]):
                 yield Broken(where, "metadata-broken", f"{len(row)} fields under {len(columns)} columns")
                 continue
+            if on_row is not None:
+                on_row(where, dict(itertools.zip_longest(columns, row)))
             yield row[name_at], json.dumps(row[caption_at]) if caption_at < len(row) else None
 
 
-def _json_entries(path: Path, wanted: str) -> Iterator[Entry]:
+def _json_entries(path: Path, wanted: str, on_row: OnRow | None = None) -> Iterator[Entry]:
     columns = caption_names(wanted)
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -173,4 +189,6 @@ def _json_entries(path: Path, wanted: str) -> Iterator[Entry]:
             if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str) or not row[FILE_NAME]:
                 yield Broken(where, "metadata-broken", f"no {FILE_NAME}")
                 continue
+            if on_row is not None:
+                on_row(where, row)
             yield row[FILE_NAME], json.dumps(next((row[name] for name in columns if name in row), None))

@@ -7,7 +7,7 @@ and order do not depend on what is wrong with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -118,18 +118,38 @@ def caption_column(columns: Iterable[str], wanted: str, where: str) -> str:
     )
 
 
-def open_source(spec: str | Path, *, caption_column: str = CAPTION_COLUMNS[0], split: str = "train") -> Source:
+def open_source(
+    spec: str | Path,
+    *,
+    caption_column: str = CAPTION_COLUMNS[0],
+    split: str = "train",
+    filters: Sequence[str] = (),
+) -> Source:
     """Open the pictures and captions that ``spec`` names.
 
     It is a folder with metadata.csv or metadata.jsonl; a folder of tars, or tars by name (``shards/{00000..00041}.tar``
     for many); a folder that ``datasets`` saved; or a dataset of the Hub, ``[hub:]org/name[@revision]``, of which
     ``split`` is taken. ``caption_column`` is the column, or the key in a tar's JSON, that holds the captions; in place
-    of ``text`` it may be ``caption``.
+    of ``text`` it may be ``caption``. Of its samples those stay that meet all ``filters``
+    (:func:`unet_surgery.data.conditions.parse_filter`).
 
     Raises:
-        DataError: it is none of these, or holds no samples.
+        DataError: it is none of these, or holds no samples, or none that meets the filters.
+        UsageError: a filter cannot be read.
         MissingExtraError: it needs the library ``datasets``, which is not installed.
     """
+    from unet_surgery.data.conditions import parse_filter
+    from unet_surgery.data.filters import filtered
+
+    for text in filters:
+        parse_filter(text)  # before what may take long
+    try:
+        return filtered(_open(spec, caption_column, split), filters)
+    except DataError as error:
+        raise error.at(printable(str(spec))) from None
+
+
+def _open(spec: str | Path, caption_column: str, split: str) -> Source:
     text = str(spec)
     hub, is_hub, rest = text.partition("hub:")
     if is_hub and not hub:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,22 +119,49 @@ class TarSource:
         finally:
             os.close(fd)
 
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, object]] | Broken]:
+        """Yield what the JSON beside each picture says; a sample without one has no values."""
+        del columns  # all are at hand
+        for number, path in enumerate(self._tars):
+            with open(path, "rb") as file:
+                for index in np.flatnonzero(self._places[:, 0] == number).tolist():
+                    yield self._row(file.fileno(), index)
+
+    def _row(self, fd: int, index: int) -> tuple[str, Mapping[str, object]] | Broken:
+        if index in self._broken:
+            return self._broken[index]
+        offset, size = self._places[index, 5:7].tolist()
+        try:
+            return self._keys[index], {} if (offset, size) == _NOWHERE else _json_object(fd, (offset, size))
+        except BadSampleError as error:
+            return Broken(self._keys[index], error.reason, error.found or "")
+
     def _caption(self, fd: int, text: tuple[int, int], data: tuple[int, int]) -> object:
         """Return the text file's content, else the value in the JSON."""
         for place in (text, data):
-            if place[1] > MAX_TEXT_BYTES:
-                raise BadSampleError("caption-huge", f"{place[1]} bytes")
+            _check_size(place)
         if text != _NOWHERE:
             return _read(fd, text).decode("utf-8-sig", "surrogateescape")
         if data == _NOWHERE:
             return None
-        try:
-            values = json.loads(_read(fd, data))
-        except (ValueError, RecursionError) as error:
-            raise BadSampleError("metadata-broken", printable(str(error))) from error
-        if not isinstance(values, dict):
-            raise BadSampleError("metadata-broken", "JSON, but not an object")
+        values = _json_object(fd, data)
         return next((values[key] for key in self._caption_keys if key in values), None)
+
+
+def _check_size(place: tuple[int, int]) -> None:
+    if place[1] > MAX_TEXT_BYTES:
+        raise BadSampleError("caption-huge", f"{place[1]} bytes")
+
+
+def _json_object(fd: int, place: tuple[int, int]) -> dict[str, object]:
+    _check_size(place)
+    try:
+        values = json.loads(_read(fd, place))
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("metadata-broken", printable(str(error))) from error
+    if not isinstance(values, dict):
+        raise BadSampleError("metadata-broken", "JSON, but not an object")
+    return values
 
 
 def _read(fd: int, place: tuple[int, int]) -> bytes:

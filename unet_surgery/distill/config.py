@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from unet_surgery.data.conditions import parse_filter
+from unet_surgery.errors import UsageError
+
 __all__ = [
     "DataConfig",
     "EmaConfig",
@@ -71,6 +74,10 @@ class StepKd(_Model):
         if self.guidance[0] > self.guidance[1]:
             raise ValueError(f"guidance goes from the lower to the higher, not from {self.guidance[0]:g}")
         return self
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 def _weight_alone(value: Any) -> Any:
@@ -167,6 +174,8 @@ class DataConfig(_Model):
     resolution: Count = 512
     """Of ``images``: the side to which they are resized and cropped."""
     caption_column: Text = "text"
+    filter: Annotated[tuple[Text, ...], BeforeValidator(_as_list)] = ()
+    """Of ``images``: only the samples whose metadata meets all of these, such as ``score>=6.5``."""
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Of ``images``: the share that may be broken (they are replaced by others) before the run stops."""
     workers: Count = 2
@@ -177,6 +186,13 @@ class DataConfig(_Model):
         given = [name for name in ("cache", "images", "toy") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"one of cache, images and toy is needed, and {' and '.join(given) or 'none'} is given")
+        if self.filter and self.images is None:
+            raise ValueError("filter is of images; a cache is filtered when it is made: unet-surgery cache --filter")
+        for text in self.filter:
+            try:
+                parse_filter(text)
+            except UsageError as error:
+                raise ValueError(f"{error.what}: {error.found}; expected {error.expected}") from error
         return self
 
 

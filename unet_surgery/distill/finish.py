@@ -5,6 +5,7 @@ Everything but the U-Net's weights is the folder that the run began with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,11 +26,12 @@ from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.student import CONFIG, PLAN, RECIPE, TRAINING
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.checkpoint.teacher import is_hub_id
+from unet_surgery.data.cachefolder import read_facts
 from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
-from unet_surgery.errors import OutputError, TrainingError, printable
+from unet_surgery.errors import DataError, OutputError, TrainingError, printable
 from unet_surgery.pages.chart import Curve, standalone_svg
 from unet_surgery.runtime.load import stored_dtype
 from unet_surgery.version import __version__
@@ -221,7 +223,17 @@ def _data(config: RunConfig) -> str:
     if config.data.toy is not None:
         return "On pictures of the toy world"
     name = _public(config.data.cache or config.data.images)
-    return f"On {name}, at {config.data.resolution} pixels" if config.data.images else f"On the latents in {name}"
+    if config.data.images:
+        return f"On {name}{_where(config.data.filter)}, at {config.data.resolution} pixels"
+    chosen: tuple[str, ...] = ()
+    with contextlib.suppress(DataError):  # a cache that has gone by now has been trained on all the same
+        chosen = read_facts(Path(config.data.cache or "").expanduser()).settings.filter
+    return f"On the latents in {name}{_where(chosen)}"
+
+
+def _where(filters: Sequence[str]) -> str:
+    shown = " and ".join(f"`{printable(text).replace('`', '?')}`" for text in filters)
+    return f" where {shown}" if filters else ""
 
 
 def _stage_row(stage: Stage) -> tuple[str, int, int, str, str, str]:

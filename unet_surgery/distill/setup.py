@@ -114,7 +114,7 @@ def _open_samples(config: RunConfig, parts: Parts) -> TrainingSet:
         from unet_surgery.data.sources import open_source
 
         check_resolution(parts.vae, data.resolution)
-        source = open_source(data.images, caption_column=data.caption_column)
+        source = open_source(data.images, caption_column=data.caption_column, filters=data.filter)
         return PictureSet(source, parts.tokenizer, data.resolution, max_bad=data.max_bad)
     from unet_surgery.data.memory import encode_all
     from unet_surgery.data.toy import ToyPictures

@@ -78,6 +78,10 @@ def _journal_of(path: Path) -> Path:
     return path.with_name(path.name + JOURNAL)
 
 
+def _first_line(identity: str, size: int) -> bytes:
+    return json.dumps({"identity": identity, "size": size}).encode() + b"\n"
+
+
 class PartialFile:
     """The sparse copy at ``path`` of a file of ``size`` bytes and this ``identity``, locked for writing.
 
@@ -94,7 +98,7 @@ class PartialFile:
         self.size = size
         self.etag: str | None = None
         self._journal_path = _journal_of(path)
-        self._first_line = json.dumps({"identity": identity, "size": size}).encode() + b"\n"
+        self._first_line = _first_line(identity, size)
         self._lock = threading.Lock()
         self._parts: list[Part] = []
         self._checked = set() if checked is None else checked
@@ -112,6 +116,10 @@ class PartialFile:
         if not isinstance(said, dict) or not isinstance(said.get("identity"), str) or type(said.get("size")) is not int:
             raise ValueError("this is no journal of a file's parts")
         return cls(path, said["identity"], said["size"], checked)
+
+    def is_of(self, identity: str, size: int) -> bool:
+        """True if this is a copy of that file."""
+        return self._first_line == _first_line(identity, size)
 
     def __enter__(self) -> PartialFile:
         disk.make_folders(self.path.parent)

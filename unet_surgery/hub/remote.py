@@ -5,11 +5,10 @@ They appear as sparse files in this package's cache, so everything that reads we
 
 from __future__ import annotations
 
-import concurrent.futures
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +18,14 @@ from unet_surgery.checkpoint.header import LARGEST_HEADER_BYTES, MAX_HEADER_BYTE
 from unet_surgery.checkpoint.layout import WeightsChoice
 from unet_surgery.checkpoint.reader import Weights, open_weights
 from unet_surgery.errors import ContainerError, HubError, OutputError
+from unet_surgery.hub.connections import fetch_pieces, locked, pieces
 from unet_surgery.hub.download import check_room, download
 from unet_surgery.hub.partial import Part, PartialFile, Range, merged, total_bytes
 from unet_surgery.hub.repository import Repository
-from unet_surgery.hub.transport import CONNECTIONS, ChangedError, NoRangesError, RangeReader, Stopped
+from unet_surgery.hub.transport import ChangedError, NoRangesError, RangeReader
 
 __all__ = ["RemoteWeights"]
 
-PIECE_BYTES = 8 << 20
 FIRST_BYTES = 128 << 10  # SD 1's header has 84 KB
 SPARE_SHARE = 200  # one part in so many may be fetched in vain, to fetch fewer ranges
 
@@ -154,7 +153,7 @@ class RemoteWeights:
         stop = threading.Event()
         name, commit = f"{self.inside}{shard}", self.repository.commit
         reader = RangeReader(self.repository.id, name, commit, self._size(shard), stop, partial.etag)
-        count = _locked(on_bytes)
+        count = locked(on_bytes)
 
         def take(offset: int, data: bytes) -> None:
             partial.write(offset, data)
@@ -170,7 +169,7 @@ class RemoteWeights:
                 raise
 
         try:
-            _fetch_all(_pieces(missing), fetch, stop)
+            fetch_pieces(pieces(missing), fetch, stop)
         except ChangedError:
             partial.forget()
             raise
@@ -227,41 +226,9 @@ def _cache_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _fetch_all(pieces: Sequence[Range], fetch: Callable[[Range], None], stop: threading.Event) -> None:
-    """Fetch the pieces over several connections; the first failure stops all."""
-    fetch(pieces[0])  # alone: it tells whether the server knows ranges, and where the file is
-    with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
-        futures = [pool.submit(fetch, piece) for piece in pieces[1:]]
-        try:
-            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-        finally:
-            if not all(future.done() and future.exception() is None for future in futures):
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-    if errors:
-        raise min(errors, key=lambda error: isinstance(error, Stopped))
-
-
 def _thrifty(missing: Sequence[Range]) -> list[Range]:
     """Join ranges over gaps so small that fetching them costs less than another request."""
     return merged(missing, spare=total_bytes(missing) // SPARE_SHARE)
-
-
-def _pieces(ranges: Sequence[tuple[int, int]]) -> list[Range]:
-    return [
-        Range(begin, min(begin + PIECE_BYTES, end)) for start, end in ranges for begin in range(start, end, PIECE_BYTES)
-    ]
-
-
-def _locked(on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    lock = threading.Lock()
-
-    def count(num_bytes: int) -> None:
-        with lock:
-            on_bytes(num_bytes)
-
-    return count
 
 
 def _ignore(_: int) -> None:

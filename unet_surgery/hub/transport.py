@@ -20,7 +20,15 @@ from urllib.parse import urljoin, urlsplit
 from unet_surgery.errors import HubError, printable
 from unet_surgery.hub.patience import AGAIN, FIRST_PAUSE_SECONDS, longer, patience_seconds, retry_after
 
-__all__ = ["CONNECTIONS", "ChangedError", "NoRangesError", "RangeReader", "Stopped"]
+__all__ = [
+    "CONNECTIONS",
+    "AddressReader",
+    "ChangedError",
+    "NoRangesError",
+    "RangeReader",
+    "Served",
+    "Stopped",
+]
 
 CHUNK_BYTES = 16 << 10
 MAX_REDIRECTS = 5
@@ -54,16 +62,29 @@ class Stopped(Exception):  # noqa: N818  # nothing went wrong here: another thre
 class _Again(Exception):  # noqa: N818
     """An attempt failed in a way that may pass; ``pause`` is what the server asks for, in seconds."""
 
-    def __init__(self, why: str, *, pause: float = 0.0, wrong: bool = False) -> None:
+    def __init__(self, why: str, *, pause: float = 0.0, wrong: bool = False, moved: bool = False) -> None:
         super().__init__(why)
         self.pause = pause
         self.wrong = wrong
+        self.moved = moved
 
 
 class _Answer(NamedTuple):
     status: int
     headers: Mapping[str, str]
     chunks: Iterator[bytes]
+
+
+class Served(NamedTuple):
+    """What a server says of a file: its size in bytes (None: it does not say), its ETag, and whether it sends ranges.
+
+    ``version`` is the ETag, or else the date of the last change: what differs once the file is another.
+    """
+
+    size: int | None
+    etag: str | None
+    version: str | None
+    ranges: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,9 @@ class RangeReader:
     ``stop`` ends every read that is under way. ``etag`` is what the server called the file before; later, what it calls
     it.
     """
+
+    _sends_token = True
+    _server = "the Hub"
 
     def __init__(
         self, repository: str, name: str, commit: str, size: int, stop: threading.Event, etag: str | None = None
@@ -150,7 +174,7 @@ class RangeReader:
         status, etag = answer.status, _plain(answer.headers.get("etag"))
         if status in AGAIN:
             raise _Again(f"HTTP {status}", pause=retry_after(answer.headers))
-        if status in EXPIRED and not address.own:
+        if status in EXPIRED and not address.own and address.url != self._first_url():
             self._let_go(address)
             raise _Again(f"HTTP {status}", wrong=True)
         if status in REDIRECTS and "location" in answer.headers:
@@ -189,7 +213,7 @@ class RangeReader:
 
     def _follow(self, address: _Address, location: str) -> None:
         """Go where the host of ``address`` sends us; a mirror may send us to the Hub, and that to its store."""
-        target = self._redirected(address, location, _origin(self._hub_url()))
+        target = self._redirected(address, location, _origin(self._first_url()))
         with self._lock:
             self._hops += 1
             if self._hops > MAX_REDIRECTS * CONNECTIONS:
@@ -197,13 +221,13 @@ class RangeReader:
             if self._address is address:
                 self._address = target
 
-    def _hub_url(self) -> str:
+    def _first_url(self) -> str:
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self._repository, self._name, revision=self._commit)
 
     def _look_up(self) -> _Address:
-        address = _Address(self._hub_url(), own=True)
+        address = _Address(self._first_url(), own=True)
         host = _origin(address.url)
         for _ in range(MAX_REDIRECTS):
             try:
@@ -232,31 +256,159 @@ class RangeReader:
             url, scheme = "", "no address"
         if scheme != "https" and (scheme != "http" or host[0] == "https"):
             raise HubError(
-                "the Hub redirects to an address that cannot be trusted",
+                f"{self._server} redirects to an address that cannot be trusted",
                 where=self.shown,
                 expected="https",
                 found=printable(scheme),
             )
-        return _Address(url, _origin(url) == host)
+        return _Address(url, self._sends_token and _origin(url) == host)
 
     def _refused(self, status: int) -> HubError:
         return HubError(
-            "the Hub refuses the file", where=self.shown, found=f"HTTP {status}", hint=HINTS.get(status, "run again")
+            f"{self._server} refuses the file",
+            where=self.shown,
+            found=f"HTTP {status}",
+            hint=HINTS.get(status, "run again"),
         )
 
     def _changed(self) -> ChangedError:
         return ChangedError(
-            "the file changed on the Hub while it was read",
+            f"the file changed on {self._server} while it was read",
             where=self.shown,
             hint="run again; or with --full, which compares the whole file with its checksum",
         )
 
     def _gave_up(self, why: str) -> HubError:
         return HubError(
-            "the transfer from the Hugging Face Hub broke off",
+            "the transfer from the Hugging Face Hub broke off" if self._sends_token else "the transfer broke off",
             where=self.shown,
             found=why + (": too many requests" if why.endswith("429") else ""),
             hint="run again later: it resumes where it broke off",
+        )
+
+
+class AddressReader(RangeReader):
+    """Reads a file at any http or https address, as :class:`RangeReader` reads one of the Hub; no token is sent there.
+
+    The size is not known before :meth:`probe`.
+    """
+
+    _sends_token = False
+    _server = "the server"
+
+    def __init__(self, url: str, stop: threading.Event) -> None:
+        super().__init__("", "", "", 0, stop)
+        self.shown = self._url = url
+
+    def probe(self) -> Served:
+        """Ask for the file's first byte, to learn what the server has and whether it knows ranges.
+
+        Raises:
+            HubError: it cannot be reached, or refuses.
+        """
+        served: list[Served] = []
+        self._patiently(lambda: served.append(self._probe()))
+        self._size, self.etag, self._had_range = served[0].size or 0, served[0].etag, served[0].ranges
+        return served[0]
+
+    def read_whole(self, on_data: OnData, on_restart: Callable[[], None]) -> int:
+        """Read the file from its beginning, for a server that knows no ranges; return its CRC-32.
+
+        What breaks off begins again from nothing, and ``on_restart`` is called.
+
+        Raises:
+            HubError: as :meth:`read`.
+        """
+        crc = 0
+
+        def attempt() -> None:
+            nonlocal crc
+            crc, position = 0, 0
+            try:
+                with _request("GET", self._locate(), {"Accept-Encoding": "identity"}) as answer:
+                    if self._judge(answer) != 200:
+                        raise self._refused(answer.status)
+                    for chunk in answer.chunks:
+                        if self._stop.is_set():
+                            raise Stopped
+                        on_data(position, chunk)
+                        crc, position = zlib.crc32(chunk, crc), position + len(chunk)
+            except _connection_errors() as error:
+                on_restart()
+                raise _Again(type(error).__name__) from error
+            if position != self._size:
+                on_restart()
+                raise _Again(f"{position} bytes in place of {self._size}", wrong=True)
+
+        self._patiently(attempt)
+        return crc
+
+    def _patiently(self, attempt: Callable[[], None]) -> None:
+        """Make an attempt again while what fails may pass; unlike ranges, it has no parts that came."""
+        start, pause, wrong = time.monotonic(), FIRST_PAUSE_SECONDS, 0
+        while True:
+            try:
+                return attempt()
+            except _Again as failure:
+                if failure.moved:  # as often as redirects are followed
+                    continue
+                wrong += failure.wrong
+                wait = max(pause, failure.pause)
+                if wrong >= MAX_WRONG_ANSWERS or time.monotonic() + wait > start + patience_seconds():
+                    raise self._gave_up(str(failure)) from failure
+                if self._stop.wait(wait):
+                    raise Stopped from None
+                pause = longer(pause)
+
+    def _probe(self) -> Served:
+        try:
+            with _request("GET", self._locate(), {"Range": "bytes=0-0", "Accept-Encoding": "identity"}) as answer:
+                status, headers = self._judge(answer), answer.headers
+        except _connection_errors() as error:
+            if type(error).__name__.startswith(("Connect", "Offline", "Unsupported", "Invalid", "LocalProtocol")):
+                raise self._unreachable(error) from error
+            raise _Again(type(error).__name__) from error
+        etag = _plain(headers.get("etag")) or _plain(headers.get("last-modified"))
+        found = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
+        if status == 206 and found is not None:
+            return Served(int(found[3]), _plain(headers.get("etag")), etag, ranges=True)
+        if status == 416:
+            return Served(0, None, etag, ranges=False)
+        length = headers.get("content-length", "")
+        return Served(int(length) if length.isdecimal() else None, _plain(headers.get("etag")), etag, ranges=False)
+
+    def _judge(self, answer: _Answer) -> int:
+        """Return a status that is an answer; follow redirects, wait for what may pass."""
+        status, address = answer.status, self._locate()
+        if status in AGAIN:
+            raise _Again(f"HTTP {status}", pause=retry_after(answer.headers))
+        if status in REDIRECTS and "location" in answer.headers:
+            self._follow(address, answer.headers["location"])
+            raise _Again(f"HTTP {status}", moved=True)
+        if status not in (200, 206, 416):
+            raise self._refused(status)
+        return status
+
+    def _first_url(self) -> str:
+        return self._url
+
+    def _look_up(self) -> _Address:
+        return _Address(self._url, own=False)
+
+    def _refused(self, status: int) -> HubError:
+        return HubError(
+            "the server refuses the file",
+            where=self.shown,
+            found=f"HTTP {status}",
+            hint="it may have moved: a mirror can be named with --base-url",
+        )
+
+    def _unreachable(self, error: Exception) -> HubError:
+        return HubError(
+            "the server cannot be reached",
+            where=self.shown,
+            found=f"{type(error).__name__}: {printable(str(error))}",
+            hint="run again with a network: it goes on where it was; or name a mirror with --base-url",
         )
 
 
