@@ -283,9 +283,9 @@ def _train(job: Job, settings: Settings, student: str, output: Path) -> tuple[st
 
 def judged(student: str, settings: Settings) -> dict[str, Any]:
     """Return scores, Fréchet distance and output error of a student's pipeline."""
-    from frechet import frechet
     from score import captions_of, drawing, load_pipeline, tally
 
+    from unet_surgery.evaluate.frechet import frechet_distance
     from unet_surgery.toyworld.draw import draw_many
     from unet_surgery.toyworld.grammar import parse
 
@@ -296,26 +296,30 @@ def judged(student: str, settings: Settings) -> dict[str, Any]:
     real = draw_many([parse(text) for text in captions], range(len(captions)))
     return {
         "scores": tally(pictures, captions),
-        "frechet": frechet(pooled_latents(parts.vae, pictures), pooled_latents(parts.vae, real)),
+        "frechet": frechet_distance(*pooled_moments(parts.vae, pictures), *pooled_moments(parts.vae, real)),
         "frechet_feature": FEATURE,
         "output_error": output_error(unet, teacher, parts, settings.noisy),
     }
 
 
-def pooled_latents(vae: Any, pictures: Any) -> Any:
-    """Return the feature of pictures, uint8 [n, 32, 32, 3]: the VAE's means, scaled, averaged over 2 × 2: [n, 64]."""
+def pooled_moments(vae: Any, pictures: Any) -> tuple[Any, Any]:
+    """Return mean [64] and covariance [64, 64] of a feature of pictures, uint8 [n, 32, 32, 3].
+
+    It is the VAE's means, scaled, averaged over 2 × 2.
+    """
     import numpy as np
     import torch
 
     from unet_surgery.data.encode import encode_moments
+    from unet_surgery.evaluate.frechet import Moments
 
-    parts = []
+    moments = Moments()
     for start in range(0, len(pictures), 256):
         pixels = torch.from_numpy(np.ascontiguousarray(pictures[start : start + 256])).permute(0, 3, 1, 2)
         mean_BCHW = encode_moments(vae, pixels.float() / 127.5 - 1).chunk(2, dim=1)[0]
         pooled = torch.nn.functional.avg_pool2d(mean_BCHW * vae.config.scaling_factor, 2)
-        parts.append(pooled.flatten(1).double().numpy())
-    return np.concatenate(parts)
+        moments.add(pooled.flatten(1))
+    return moments.mean_and_covariance()
 
 
 def output_error(student: Any, teacher: Any, parts: Any, count: int) -> float:
