@@ -25,8 +25,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from toy_pipeline import PIPELINE, ROOT, TOY_WORLD, write_configs, write_parts, write_pipeline
@@ -35,6 +33,7 @@ import unet_surgery as us
 from unet_surgery.checkpoint import bundled
 from unet_surgery.distill import distill, load_run
 from unet_surgery.errors import RunError, TeacherError, VerificationError
+from unet_surgery.evaluate.frechet import frechet_distance
 from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.hub.cache import cache_folder
 from unet_surgery.toyworld.draw import draw_many
@@ -529,62 +528,16 @@ def test_output_error_is_relative_to_the_teachers_power(stand_in: Path) -> None:
 
 def test_the_feature_tells_what_is_shown(stand_in: Path) -> None:
     import ablation
-    from frechet import frechet
     from score import captions_of, load_pipeline
 
     _, parts = load_pipeline(str(stand_in))
 
-    def features(seed: int, captions: list[str]) -> Any:
+    def moments(seed: int, captions: list[str]) -> Any:
         pictures = draw_many([parse(text) for text in captions], range(seed, seed + len(captions)))
-        return ablation.pooled_latents(parts.vae, pictures)
+        return ablation.pooled_moments(parts.vae, pictures)
 
     captions = captions_of("one", 160)
-    first, again = features(0, captions), features(1000, captions)
-    others = features(0, [text.replace("white", "navy").replace("gray", "navy") for text in captions])
-    assert first.shape == (160, 64)
-    assert frechet(first, again) < 0.3 * frechet(first, others)
-
-
-# -- the Fréchet distance ----------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 12), st.integers(0, 1000))
-def test_frechet_of_commuting_covariances_is_a_sum_over_axes(dimension: int, seed: int) -> None:
-    """With one set of axes it is |μa − μb|² + Σ (√λa − √λb)²: for D = 1, (μa − μb)² + (σa − σb)²."""
-    from frechet import frechet_normal
-
-    rng = np.random.default_rng(seed)
-    axes = np.linalg.qr(rng.normal(size=(dimension, dimension)))[0]
-    a, b = rng.uniform(0, 4, (2, dimension))
-    mean_a, mean_b = rng.normal(size=(2, dimension))
-    found = frechet_normal(mean_a, (axes * a) @ axes.T, mean_b, (axes * b) @ axes.T)
-    assert found == pytest.approx(((mean_a - mean_b) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum(), abs=1e-6)
-
-
-def test_frechet_in_two_dimensions_has_a_closed_form() -> None:
-    """For 2 × 2 matrices tr M^½ = √(tr M + 2√det M)."""
-    from frechet import frechet_normal
-
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        a, b = (m @ m.T for m in rng.normal(size=(2, 2, 2)))
-        product = a @ b
-        root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
-        expected = np.trace(a) + np.trace(b) - 2 * root
-        assert frechet_normal(np.zeros(2), a, np.zeros(2), b) == pytest.approx(expected, abs=1e-9)
-
-
-def test_frechet_of_samples() -> None:
-    from frechet import frechet
-
-    rng = np.random.default_rng(2)
-    features = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5))
-    assert frechet(features, features) == pytest.approx(0, abs=1e-9)
-    assert frechet(features, features + 2) == pytest.approx(5 * 4)
-    other = rng.normal(size=(200, 5))
-    assert frechet(features, other) == pytest.approx(frechet(other, features))
-    few = rng.normal(size=(3, 5))  # fewer than dimensions: no covariance has full rank
-    assert frechet(few, few) == pytest.approx(0, abs=1e-6)
-    for wrong in (features[:1], features[:, :4], features[0]):
-        with pytest.raises(ValueError, match="two sets of features"):
-            frechet(features, wrong)
+    first, again = moments(0, captions), moments(1000, captions)
+    others = moments(0, [text.replace("white", "navy").replace("gray", "navy") for text in captions])
+    assert first[1].shape == (64, 64)
+    assert frechet_distance(*first, *again) < 0.3 * frechet_distance(*first, *others)
