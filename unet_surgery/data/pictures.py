@@ -6,13 +6,14 @@ Shapes: R resolution; pictures are [height, width, 3].
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.data.reasons import BadSampleError, Reason
@@ -28,6 +29,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is tried. PIL's other formats are for documents and science; one of them starts Ghostscript."""
 
 _CUT_SHORT = ("truncated", "not processed", "end of file", "unexpected end", "no more data", "incomplete")
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 _filters = threading.Lock()
 
 
@@ -64,7 +66,7 @@ def decode_picture(data: bytes, resolution: int, limits: PictureLimits | None = 
     except MemoryError as error:
         raise BadSampleError("bomb", "more than memory holds") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything, and none of it is a fault of ours
-        raise BadSampleError(_reason(error), printable(str(error) or type(error).__name__)) from error
+        raise BadSampleError(_reason(error), _words(error)) from error
     return np.array(square, dtype=np.uint8)
 
 
@@ -146,3 +148,10 @@ def _centre_square(picture: Image.Image, resolution: int) -> Image.Image:
 def _reason(error: Exception) -> Reason:
     text: Any = str(error).lower()
     return "truncated" if any(words in text for words in _CUT_SHORT) else "unreadable"
+
+
+def _words(error: Exception) -> str:
+    """Return what a decoder says, without addresses: they differ from run to run, and quarantine.jsonl does not."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"in none of the formats that are read: {', '.join(FORMATS)}"
+    return printable(_OBJECT.sub("the data", str(error)) or type(error).__name__)
