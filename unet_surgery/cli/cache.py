@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import TEACHER_HELP, Quiet
+from unet_surgery.cli.options import Quiet
 from unet_surgery.cli.sink import command, progress_bar, say, show
 from unet_surgery.errors import UsageError, printable
 
@@ -28,7 +28,13 @@ def cache(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"Whose VAE and tokenizer. A pipeline: {TEACHER_HELP}")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The pipeline whose VAE and tokenizer encode: a diffusers folder, a Hub id "
+            "org/name\\[@revision], or a built-in name: toy, tiny-random, …",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The cache's folder.")] = None,
     resolution: Annotated[
