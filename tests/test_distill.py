@@ -286,6 +286,30 @@ def test_another_run_is_refused(
     assert key in (caught.value.found or "")
 
 
+def test_a_refusal_lists_what_differs_and_no_whole_hash() -> None:
+    from unet_surgery.distill.identity import refuse_changes
+
+    data = {"output": "o", "student": "s", "teacher": "t", "data": {"toy": {"count": 8}}}
+    before, after = (
+        RunConfig.from_data({**data, **changes}).model_dump(mode="json")
+        for changes in ({}, {"seed": 1, "optimizer": {"betas": [0.9, 0.99]}})
+    )
+    one, other, third = ("1234567890abcdef" * 4, "a" * 64, "b" * 64)
+    before["identity"] = {"base": [one, one, one], "teachers": [one, None], "data": third, "plan": one}
+    after["identity"] = {"base": [one, one, other], "teachers": [one, other], "data": third, "plan": one}
+    with pytest.raises(RunError, match="4 differ") as caught:
+        refuse_changes(before, after, "here")
+    assert caught.value.found == (
+        "identity.base.2: 1234567890ab… → aaaaaaaaaaaa…; identity.teachers.1: None → aaaaaaaaaaaa…; seed: 0 → 1; "
+        "stages.0.optimizer.betas.1: 0.999 → 0.99"
+    )
+    after = {**before, "data": {**before["data"], "toy": {**before["data"]["toy"], "seed": 3}}}
+    after["identity"] = {**before["identity"], "data": other}
+    with pytest.raises(RunError, match="1 differ") as caught:
+        refuse_changes(before, after, "here")
+    assert caught.value.found == "data.toy.seed: 0 → 3"
+
+
 def test_what_moves_only_rounding_may_change(whole: Path, places: dict[str, Path]) -> None:
     from unet_surgery.distill.identity import breaking_changes
 
