@@ -88,7 +88,7 @@ def _check_size(size: tuple[int, int], limits: PictureLimits) -> None:
     width, height = size
     shown = f"{width}×{height}"
     if width * height > limits.max_pixels:
-        raise BadSampleError("bomb", shown)
+        raise BadSampleError("bomb", f"{shown}, more than {limits.max_pixels:,} pixels")
     if min(size) < limits.min_side:
         raise BadSampleError("too-small", shown)
     if max(size) > limits.max_aspect * min(size):
