@@ -533,6 +533,7 @@ def test_a_cpu_is_bounded_by_its_memory(student: Path, tmp_path: Path) -> None:
     assert search.trials[-1] == findbatch.Trial(4, False, 1100, None)
 
 
+@pytest.mark.extra
 def test_the_command_prints_a_line_for_the_run_file(student: Path, tmp_path: Path) -> None:
     data = run_data(tmp_path / "out", student, {"toy": {"count": 4}}, batch=2)
     result = run_command("distill", str(write_run(tmp_path / "run.yaml", data)), "--find-batch")
