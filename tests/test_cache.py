@@ -38,7 +38,7 @@ from unet_surgery.data.latents import LatentCache, check_cache
 from unet_surgery.data.memory import encode_all
 from unet_surgery.data.pictures import decode_picture
 from unet_surgery.data.sources import open_source
-from unet_surgery.errors import DataError, OutputBusyError, OutputError, UsageError
+from unet_surgery.errors import DataError, OutputBusyError, OutputError, TeacherError, UsageError
 from unet_surgery.runtime.parts import Parts, load_parts, tokenize
 
 COUNT, SIDE = 40, 16
@@ -402,6 +402,45 @@ def test_shards_without_a_sample(tmp_path: Path, same_parts: None) -> None:
         make_cache(nothing, "tiny-random", tmp_path / "none", **{**OPTIONS, "max_bad": 1.0})
 
 
+def test_the_resolution_is_the_models_unless_it_is_given(
+    pictures: Path, tmp_path: Path, tiny: Path, same_parts: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """tiny-random's U-Net is made for 16 latents of 2 pixels."""
+    caplog.set_level("INFO", logger="unet_surgery")
+    options = {**OPTIONS, "max_bad": 0.2, "limit": 8}
+    make_cache(pictures, "tiny-random", tmp_path / "given", **options)
+    assert "resolution" not in caplog.text
+    del options["resolution"]
+    make_cache(pictures, "tiny-random", tmp_path / "own", **options)
+    assert caplog.messages.count("resolution 32, the model's") == 1
+    settings = LatentCache(tmp_path / "own").facts.settings
+    assert (settings.resolution, settings.moments_shape) == (32, (8, 16, 16))
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    config = json.loads((model / "unet/config.json").read_text())
+    for size in (None, [16, 24], "16", 0):
+        (model / "unet/config.json").write_text(json.dumps({**config, "sample_size": size}))
+        with pytest.raises(UsageError, match="for which resolution") as caught:
+            make_cache(pictures, model, tmp_path / "none", **options)
+        assert "--resolution" in (caught.value.hint or "")
+    shutil.rmtree(model / "unet")
+    with pytest.raises(UsageError, match="no such file"):
+        make_cache(pictures, model, tmp_path / "none", **options)
+    with pytest.raises(TeacherError, match="U-Net alone"):
+        make_cache(pictures, tiny / "unet", tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("resolution", "hint"), [(33, "32 or 34"), (1, "2 is the smallest"), (-5, "2 is the smallest")]
+)
+def test_a_resolution_that_does_not_fit_brings_those_that_do(
+    pictures: Path, tmp_path: Path, same_parts: None, resolution: int, hint: str
+) -> None:
+    with pytest.raises(UsageError, match="does not fit the VAE") as caught:
+        make_cache(pictures, "tiny-random", tmp_path / "out", **{**OPTIONS, "resolution": resolution})
+    assert caught.value.hint == hint
+
+
 def test_outputs_that_are_refused(pictures: Path, tmp_path: Path, same_parts: None, tiny: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
@@ -577,7 +616,7 @@ def test_pictures_straight_from_a_source(pictures: Path, parts: Parts, caplog: p
     samples.batch([3, 17])
     assert samples.bad == {"empty": 1, "html": 1}  # each counts once
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # of the first alone
-    assert "003.png cannot be used (" in caplog.text
+    assert caplog.messages[0].startswith("003.png (empty) cannot be used: the next sample stands in")
     again = PictureSet(open_source(pictures), parts.tokenizer, SIDE, max_bad=0.2)
     assert torch.equal(again.batch([17, 4])[0][0], pixels[3])
     assert again.fingerprint == samples.fingerprint
@@ -609,6 +648,20 @@ def test_too_many_bad_pictures_stop_a_run(tmp_path: Path, parts: Parts) -> None:
     none = write_pictures(tmp_path / "none", dict.fromkeys(range(5), (b"", "empty")), 5)
     with pytest.raises(DataError, match="no sample can be used"):
         judged(none, parts, 1.0, [0])
+
+
+def test_a_huge_picture_ends_a_run_in_one_line_that_names_it(
+    tmp_path: Path, parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of it is decoded (0.4 GB): its header says enough."""
+    folder = write_pictures(tmp_path / "set", {}, 1)
+    Image.new("1", (12_000, 12_000)).save(folder / "000.png")
+    with pytest.raises(DataError, match="too many samples") as caught:
+        judged(folder, parts, 0.01, [0])
+    assert caught.value.where == (
+        "the training pictures, first 000.png (bomb: 12000×12000, more than 67,108,864 pixels)"
+    )
+    assert caplog.messages == []
 
 
 def test_moments_in_memory(pictures: Path, parts: Parts) -> None:

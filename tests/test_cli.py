@@ -64,6 +64,13 @@ def test_every_help_has_an_example(command: list[str]) -> None:
     assert f"Example: unet-surgery {' '.join(command)}" in out
 
 
+def test_the_model_of_a_cache_is_a_pipeline_and_nothing_else() -> None:
+    out, _ = tool("cache", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert "whose VAE and tokenizer encode: a diffusers folder, a Hub id org/name[@revision], or" in words
+    assert "single .safetensors" not in words
+
+
 def test_help_and_version() -> None:
     out, _ = tool("--help")
     assert all(command in out for command in [*COMMANDS, "recipes", "data"])

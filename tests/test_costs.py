@@ -18,11 +18,11 @@ from paper import FAMILIES, TEXT_V1, VAE, write_paper_pipeline, write_paper_stud
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
-from training import ROOT, environment, metrics, run_command, run_data, write_pictures, write_run
+from training import ROOT, command, environment, metrics, run_command, run_data, write_pictures, write_run
 
 import unet_surgery as us
 from unet_surgery.checkpoint.bundled import bundled_folder
-from unet_surgery.cli.distillreport import device_name
+from unet_surgery.cli.distillreport import _dealt, device_name
 from unet_surgery.distill import RunConfig, distill, findbatch, load_run
 from unet_surgery.distill.batchsearch import largest_fitting
 from unet_surgery.distill.choice import choose_pairs
@@ -317,8 +317,35 @@ def test_a_dry_run_for_people(student: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "activations (estimated)" in result.stdout
     assert "--tflops" in result.stdout
+    assert "a step: 4 samples, which cannot be dealt out in micro-batches of 3\n" in result.stdout
+    first, *_, last = result.stderr.splitlines()
+    assert first.startswith("would be refused: ")
     assert "would be refused: the batch cannot be dealt out evenly" in result.stderr
     assert "would be refused: this is not a latent cache" in result.stderr
+    assert last == "this run would be refused, for 2 reasons: see the beginning"
+    together = subprocess.run(
+        command("distill", str(run), "--dry-run"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    ).stdout.splitlines()
+    assert [line.startswith("would be refused: ") for line in together[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulated", "processes", "says"),
+    [
+        (4, 1, 1, "1 micro-batch of 4 samples"),
+        (1, 4, 1, "4 micro-batches of 1 sample"),
+        (2, 1, 2, "1 micro-batch of 2 samples on each device"),
+        (3, 1, 1, "4 samples, which cannot be dealt out in micro-batches of 3"),
+    ],
+)
+def test_a_step_is_said_in_words(size: int, accumulated: int, processes: int, says: str) -> None:
+    stage: Any = SimpleNamespace(batch=4, micro_batch=size, accumulated=accumulated)
+    assert _dealt(stage, processes) == f"a step: {says}"
 
 
 def test_counts_are_at_the_datas_size(paper: Path, tmp_path: Path) -> None:
@@ -506,6 +533,7 @@ def test_a_cpu_is_bounded_by_its_memory(student: Path, tmp_path: Path) -> None:
     assert search.trials[-1] == findbatch.Trial(4, False, 1100, None)
 
 
+@pytest.mark.extra
 def test_the_command_prints_a_line_for_the_run_file(student: Path, tmp_path: Path) -> None:
     data = run_data(tmp_path / "out", student, {"toy": {"count": 4}}, batch=2)
     result = run_command("distill", str(write_run(tmp_path / "run.yaml", data)), "--find-batch")

@@ -96,6 +96,20 @@ def test_a_bad_picture_gets_its_reason(case: str) -> None:
     assert caught.value.reason == reason
     assert reason in REASONS
     assert str(caught.value).isprintable() or "\n" in str(caught.value)
+    with pytest.raises(BadSampleError) as again:
+        decode_picture(data, 32)
+    assert again.value.found == caught.value.found
+    assert "object at 0x" not in str(caught.value)
+
+
+def test_no_decoders_words_have_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(picture: Image.Image) -> Image.Image:
+        raise ValueError(f"cannot read {io.BytesIO()!r}")
+
+    monkeypatch.setattr("unet_surgery.data.pictures._as_rgb", refuse)
+    with pytest.raises(BadSampleError) as caught:
+        decode_picture(PNG, 32)
+    assert caught.value.found == "cannot read the data"
 
 
 @given(cut=st.integers(0, len(JPEG)), at=st.integers(0, len(JPEG) - 1), byte=st.integers(0, 255))

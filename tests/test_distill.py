@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from teachers import folder_bytes
 from training import command, environment, metrics, run_command, run_data, write_run
 
 import unet_surgery as us
@@ -286,6 +287,30 @@ def test_another_run_is_refused(
     assert key in (caught.value.found or "")
 
 
+def test_a_refusal_lists_what_differs_and_no_whole_hash() -> None:
+    from unet_surgery.distill.identity import refuse_changes
+
+    data = {"output": "o", "student": "s", "teacher": "t", "data": {"toy": {"count": 8}}}
+    before, after = (
+        RunConfig.from_data({**data, **changes}).model_dump(mode="json")
+        for changes in ({}, {"seed": 1, "optimizer": {"betas": [0.9, 0.99]}})
+    )
+    one, other, third = ("1234567890abcdef" * 4, "a" * 64, "b" * 64)
+    before["identity"] = {"base": [one, one, one], "teachers": [one, None], "data": third, "plan": one}
+    after["identity"] = {"base": [one, one, other], "teachers": [one, other], "data": third, "plan": one}
+    with pytest.raises(RunError, match="4 differ") as caught:
+        refuse_changes(before, after, "here")
+    assert caught.value.found == (
+        "identity.base.2: 1234567890ab… → aaaaaaaaaaaa…; identity.teachers.1: None → aaaaaaaaaaaa…; seed: 0 → 1; "
+        "stages.0.optimizer.betas.1: 0.999 → 0.99"
+    )
+    after = {**before, "data": {**before["data"], "toy": {**before["data"]["toy"], "seed": 3}}}
+    after["identity"] = {**before["identity"], "data": other}
+    with pytest.raises(RunError, match="1 differ") as caught:
+        refuse_changes(before, after, "here")
+    assert caught.value.found == "data.toy.seed: 0 → 3"
+
+
 def test_what_moves_only_rounding_may_change(whole: Path, places: dict[str, Path]) -> None:
     from unet_surgery.distill.identity import breaking_changes
 
@@ -304,6 +329,46 @@ def test_a_changed_student_is_noticed(places: dict[str, Path], tmp_path: Path) -
     with pytest.raises(RunError, match="begun with other settings") as caught:
         distill(RunConfig.from_data({**data, "student": str(tmp_path / "other")}))
     assert "identity.student" in (caught.value.found or "")
+
+
+def test_a_finished_run_is_left_as_it_is(
+    places: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing large is opened for it, and nothing written; a student of another step is not taken for this run's."""
+    import shutil
+
+    from unet_surgery.distill import run as running
+
+    out = tmp_path / "run"
+    data = run_data(out, places["student"], {"cache": str(places["cache"])}, steps=2)
+    distill(RunConfig.from_data(data))
+
+    def stamps() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "run.lock"}
+
+    before, content = stamps(), folder_bytes(out)
+    caplog.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "open_base", None)
+        patch.setattr(running, "_newest", None)
+        result = distill(RunConfig.from_data(data))
+        with pytest.raises(RunError, match="other settings"):
+            distill(RunConfig.from_data({**data, "seed": 1}))
+        with pytest.raises(RunError, match="other settings"):
+            distill(RunConfig.from_data({**data, "student": "tiny-random"}))
+    assert (result.student, result.step, result.stopped_by) == (out / "student", 2, None)
+    assert caplog.messages == ["already finished: step 2 of 2"]
+    caplog.clear()
+    shutil.copytree(places["cache"], tmp_path / "moved")
+    distill(RunConfig.from_data({**data, "data": {"cache": str(tmp_path / "moved")}}))
+    assert caplog.messages == ["already finished: step 2 of 2"]
+    assert (stamps(), folder_bytes(out)) == (before, content)
+    training = out / "student" / "training.json"
+    training.write_text(training.read_text().replace('{"step": 2,', '{"step": 1,'))
+    caplog.clear()
+    distill(RunConfig.from_data(data))
+    assert caplog.messages == ["going on after step 2 of 2"]
+    assert folder_bytes(out) == content
 
 
 def test_a_longer_run_goes_on(places: dict[str, Path], tmp_path: Path) -> None:

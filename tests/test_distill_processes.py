@@ -106,7 +106,8 @@ def test_half_on_two_processes_half_on_one(alone: Path, places: dict[str, Path],
     assert_equal_to_rounding(out, alone)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("engine", ENGINES)
 def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path, engine: str) -> None:
     """bf16 as it is by default, with accumulation: gradients are summed in fp32, and meet so."""
     data = steady(tmp_path / "one", places, steps=3, speed={"dtype": "bf16"}, micro_batch=1)
@@ -118,7 +119,8 @@ def test_short_weights_on_two_processes(places: dict[str, Path], tmp_path: Path,
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-2)
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("ddp", marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("engine", ENGINES)
 def test_steps_on_two_processes(places: dict[str, Path], tmp_path: Path, engine: str) -> None:
     """Guided steps and plain ones: all processes take the same kind, and the same guidance for a sample."""
     terms = {"task": 0, "output_kd": 0, "feature_kd": 0, "step_kd": {"weight": 1.0, "guided": 0.5}}

@@ -270,7 +270,7 @@ def test_a_run_file_takes_filters_of_pictures_only(pictures: Path, tmp_path: Pat
     one = DataConfig.model_validate({"images": "p", "filter": "score>=6.5"})
     assert one == DataConfig.model_validate({"images": "p", "filter": ["score>=6.5"]})
     assert DataConfig.model_validate({"images": "p"}).filter == ()
-    with pytest.raises(ValidationError, match="a cache is filtered when it is made"):
+    with pytest.raises(ValidationError, match="data.filter stands beside cache"):
         DataConfig.model_validate({"cache": "c", "filter": "score>=6.5"})
     with pytest.raises(ValidationError, match="this is not a filter: score=6.5"):
         DataConfig.model_validate({"images": "p", "filter": "score=6.5"})

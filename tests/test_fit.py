@@ -16,7 +16,7 @@ from unet_surgery.distill import RunConfig, distill
 from unet_surgery.distill.dryrun import dry_run
 from unet_surgery.distill.networks import Folders
 from unet_surgery.distill.setup import open_base
-from unet_surgery.errors import ConfigError, RunError, UsageError
+from unet_surgery.errors import ConfigError, RunError, TeacherError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +86,18 @@ def test_pictures_that_do_not_become_whole_latents(places: dict[str, Path], tmp_
     config = RunConfig.from_data(run_data(tmp_path / "run", places["student"], data))
     with pytest.raises(UsageError, match="does not fit the VAE"):
         distill(config)
+
+
+def test_a_missing_teacher_is_named_with_its_stage(places: dict[str, Path], tmp_path: Path) -> None:
+    data = run_data(tmp_path / "run", places["student"], {"cache": str(places["cache"])}, teacher="nobody", steps=1)
+    for config, where in (
+        (RunConfig.from_data(data), "stage main, teacher"),
+        (RunConfig.from_data({**data, "stages": [{"teacher": "tiny-random"}, {"name": "kd"}]}), "stage kd, teacher"),
+    ):
+        for act in (distill, dry_run):
+            with pytest.raises(TeacherError, match="there is no teacher 'nobody'") as caught:
+                act(config)
+            assert caught.value.where == where
 
 
 def test_a_missing_student_is_called_so_in_a_run_and_on_paper(places: dict[str, Path], tmp_path: Path) -> None:

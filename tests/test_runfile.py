@@ -110,6 +110,11 @@ def test_what_is_printed_is_the_same_run(text: str) -> None:
         ("optimizer.lr=1e-3", lambda c: c.stages[0].optimizer.lr == 1e-3 and c.stages[0].optimizer.warmup == 3),
         ("objectives.feature_kd.pairs=plan", lambda c: c.stages[0].objectives.feature_kd.weight == 2.0),
         ("micro_batch=null", lambda c: c.micro_batch is None),
+        ("optimizer.clip=null", lambda c: c.stages[0].optimizer.clip is None),
+        ("optimizer.warmup=null", lambda c: c.stages[0].optimizer.warmup == 0 and c.stages[0].optimizer.lr == 5e-5),
+        ("optimizer=null", lambda c: c.stages[0].optimizer.warmup == 0),
+        ("speed.dtype=null", lambda c: c.speed.dtype == "bf16"),
+        ("data={images: ./pictures, cache: null}", lambda c: (c.data.images, c.data.cache) == ("./pictures", None)),
         ("pictures={every: 5, prompts: [a house]}", lambda c: c.pictures.prompts == ("a house",)),
         ("speed.dtype=fp32", lambda c: c.speed.dtype == "fp32"),
         ("objectives.step_kd.weight=0", lambda c: not c.stages[0].objectives.may_be_guided),
@@ -117,6 +122,29 @@ def test_what_is_printed_is_the_same_run(text: str) -> None:
 )
 def test_set(change: str, read: Any) -> None:
     assert read(parse_run(PLAIN, "run.yaml", [change]))
+
+
+def test_null_takes_a_key_away() -> None:
+    config = parse_run(PLAIN, "run.yaml", ["data.cache=null", "data.images=./pictures"])
+    assert (config.data.images, config.data.cache) == ("./pictures", None)
+    assert [s.batch for s in parse_run(STAGES, "run.yaml", ["batch=null"]).stages] == [256] * 3
+    assert [s.steps for s in parse_run(STAGES, "run.yaml", ["steps=null"]).stages] == [50_000] * 3
+    assert [s.steps for s in parse_run(STAGES, "run.yaml", ["stages.1.steps=null"]).stages] == [500, 50_000, 50_000]
+    for change, says in (
+        ("data.cach=null", "did you mean 'cache'"),
+        ("student=null", "has no 'student'"),
+        ("data.cache=null", "no data is given"),
+        ("teacher=null", "need a teacher"),
+    ):
+        with pytest.raises(RunError) as caught:
+            parse_run(PLAIN, "run.yaml", [change])
+        assert says in str(caught.value)
+
+
+def test_a_change_is_not_blamed_for_another_key() -> None:
+    with pytest.raises(RunError) as caught:
+        parse_run(PLAIN.replace("teacher: tiny-random\n", ""), "run.yaml", ["seed=3"])
+    assert caught.value.where == "run.yaml:1:1"
 
 
 def test_set_at_the_top_is_meant_for_every_stage() -> None:
@@ -131,18 +159,46 @@ def test_set_at_the_top_is_meant_for_every_stage() -> None:
     [
         (PLAIN.replace("steps:", "stepps:"), "run.yaml:6:1", "did you mean 'steps'"),
         (PLAIN.replace("warmup", "warm_up"), "run.yaml:7:23", "did you mean 'warmup'"),
-        (PLAIN.replace("5e-5", "fast"), "run.yaml:7:13", "fast"),
-        (PLAIN.replace("5e-5", "-1"), "run.yaml:7:13", "greater than 0"),
-        (PLAIN.replace("5e-5", ".nan"), "run.yaml:7:17", "not text, a number"),
-        (PLAIN.replace("feature_kd: 2.0", "feature_kd: {pairs: all}"), "run.yaml:9:16", "'bk', 'plan'"),
-        (PLAIN.replace("teacher: tiny-random\n", ""), "run.yaml", "need a teacher"),
+        (PLAIN.replace("5e-5", "fast"), "run.yaml:7:13", "found:    fast\n  try:      lr: 5e-05, which is the default"),
+        (PLAIN.replace("5e-5", "-1"), "run.yaml:7:13", "expected: more than 0"),
+        (PLAIN.replace("5e-5", ".nan"), "run.yaml:7:17", "a finite number\n  found:    .nan\n  try:      write one"),
+        (PLAIN.replace("5e-5", "-.inf"), "run.yaml:7:17", "try:      write one in digits"),
+        (PLAIN.replace("5e-5", "nan"), "run.yaml:7:13", "a number, and a finite one\n  found:    nan\n  try: "),
+        (PLAIN.replace("5e-5", "[1]"), "run.yaml:7:13", "expected: a number\n  found:    a list of 1\n  try: "),
+        (PLAIN.replace("steps: 10", "steps: 1.5"), "run.yaml:6:1", "expected: a whole number\n  found:    1.5"),
+        (PLAIN.replace("steps: 10", "steps: null"), "run.yaml:6:1", "expected: a whole number\n  found:    null"),
+        (PLAIN + "speed: {compile: perhaps}\n", "run.yaml:10:9", "expected: true or false\n  found:    perhaps"),
+        (PLAIN + "speed: fast\n", "run.yaml:10:1", "expected: a mapping: key: value\n  found:    fast"),
+        (PLAIN + "pictures: {prompts: one}\n", "run.yaml:10:12", "expected: a list\n  found:    one"),
+        (PLAIN.replace("./student", "5"), "run.yaml:2:1", 'expected: text\n  found:    5\n  try:      quote it: "5"'),
+        (PLAIN.replace("./student", '""'), "run.yaml:2:1", "text of at least 1 characters"),
+        (PLAIN.replace("warmup: 3", "betas: [0.9]"), "run.yaml:7:23", "'optimizer.betas' is too short"),
+        (
+            PLAIN.replace("warmup: 3", "betas: [0.9, 1]"),
+            "run.yaml:7:36",
+            "less than 1\n  found:    1\n  try:      betas: [0.9, 0.999]",
+        ),
+        (PLAIN + "ema: {decay: 2.0}\n", "run.yaml:10:7", "less than 1"),
+        (
+            PLAIN.replace("feature_kd: 2.0", "feature_kd: {pairs: plam}"),
+            "run.yaml:9:16",
+            "expected: bk, plan, attn1 or similarity\n  found:    plam\n  try:      did you mean 'plan'?",
+        ),
+        (PLAIN.replace("feature_kd: 2.0", "feature_kd: {pairs: all}"), "run.yaml:9:16", 'pairs: "bk", which is the d'),
+        (
+            PLAIN.replace("warmup: 3", "warmup: 10, schedule: linear"),
+            "run.yaml:7:23",
+            "fewer than 10 steps: after them the rate falls\n  try:      a shorter warmup, or schedule: constant",
+        ),
+        (PLAIN.replace("teacher: tiny-random\n", ""), "run.yaml:1:1", "need a teacher"),
         (
             PLAIN.replace("  cache: ./latents", "  cache: ./a\n  images: ./b"),
             "run.yaml:4:1",
-            "cache and images is given",
+            "expected: one of cache, images and toy\n  try:      take one out, such as by --set data.cache=null",
         ),
+        (PLAIN.replace("  cache: ./latents", "  workers: 1"), "run.yaml:4:1", "no data is given"),
         (PLAIN.replace("student: ./student\n", ""), "run.yaml", "has no 'student'"),
-        (PLAIN.replace("steps: 10", "steps: 0"), "run.yaml:6:1", "greater than or equal to 1"),
+        (PLAIN.replace("steps: 10", "steps: 0"), "run.yaml:6:1", "expected: 1 or more"),
         (PLAIN.replace("steps: 10", "steps: &a 10"), "run.yaml:6", "anchors are not allowed in a run file"),
         (PLAIN.replace("steps: 10", "steps: 10\nsteps: 11"), "run.yaml:7:1", "stands twice"),
         ("- a list\n", "run.yaml:1:1", "is not a mapping"),
@@ -150,19 +206,23 @@ def test_set_at_the_top_is_meant_for_every_stage() -> None:
         (STAGES.replace("batch: 128", "batch: big"), "run.yaml:4:1", "big"),
         (STAGES.replace("    teacher: one\n", ""), "run.yaml:10", "need a teacher"),
         (PLAIN + "name: x\n", "run.yaml:10:1", "unknown key 'name'"),
-        (PLAIN + "  step_kd: 1.0\n", "run.yaml:8:1", "give task, output_kd, feature_kd the weight 0"),
-        (STEPS.replace("output_kd: 0", "output_kd: 0.5"), "run.yaml:8:1", "give output_kd the weight 0"),
-        (STEPS.replace("{task: 0", "{min_snr: 5, task: 0"), "run.yaml:8:1", "scales by itself"),
-        (STEPS + "noise: {timesteps: half_high}\n", "run.yaml", "noise.timesteps stays uniform"),
+        (PLAIN + "  step_kd: 1.0\n", "run.yaml:8:1", "try:      task: 0, output_kd: 0, feature_kd: 0"),
+        (
+            STEPS.replace("output_kd: 0", "output_kd: 0.5"),
+            "run.yaml:8:1",
+            "output_kd has one\n  try:      output_kd: 0",
+        ),
+        (STEPS.replace("{task: 0", "{min_snr: 5, task: 0"), "run.yaml:9:4", "scales by itself"),
+        (STEPS + "noise: {timesteps: half_high}\n", "run.yaml:11:9", "noise.timesteps stays uniform"),
         (STEPS.replace("teacher: tiny-random\n", ""), "run.yaml", "need a teacher"),
         (
             STEPS.replace("step_kd: 2.0", "step_kd: {guidance: [3, 2]}"),
-            "run.yaml:10:4",
+            "run.yaml:10:14",
             "from the lower to the higher",
         ),
-        (STEPS.replace("step_kd: 2.0", "step_kd: {guided: 1.5}"), "run.yaml:10:14", "less than or equal to 1"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: {guided: 1.5}"), "run.yaml:10:14", "expected: 1 or less"),
         (STEPS.replace("step_kd: 2.0", "step_kd: {steps: 8}"), "run.yaml:10:14", "unknown key"),
-        (STEPS.replace("step_kd: 2.0", "step_kd: 0"), "run.yaml:8:1", "all weights are 0"),
+        (STEPS.replace("step_kd: 2.0", "step_kd: 0"), "run.yaml:8:1", "weights are all 0"),
     ],
     ids=lambda value: "" if "\n" in value else value,
 )
@@ -172,6 +232,9 @@ def test_errors_know_their_line(text: str, where: str, says: str) -> None:
     assert (caught.value.where or "").startswith(where), str(caught.value)
     assert says in str(caught.value)
     assert caught.value.exit_code == 2
+    assert "nput should" not in str(caught.value)
+    if not re.search("YAML|mapping\\n|stands twice|at least", str(caught.value)):
+        assert caught.value.hint, str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +249,13 @@ def test_wrong_changes(change: str) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         load_run(tmp_path / "none.yaml")
+    with pytest.raises(RunError) as caught:
+        load_run(tmp_path / "none.yaml")
+    assert "examples/runs/" in (caught.value.hint or "")
+    (tmp_path / "my_run.yaml").write_text(PLAIN)
+    with pytest.raises(RunError) as caught:
+        load_run(tmp_path / "myrun.yaml")
+    assert caught.value.hint == f"did you mean {tmp_path / 'my_run.yaml'}?"
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RunError, match="UTF-8"):
         load_run(tmp_path / "bytes.yaml")

@@ -284,6 +284,7 @@ def test_a_dry_run_knows_the_guided_steps(places: dict[str, Path], tmp_path: Pat
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.extra
 def test_the_batch_that_fits_is_that_of_guided_steps(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +373,7 @@ def test_micro_batches_and_recomputation_change_nothing(whole: Path, places: dic
         assert ours == pytest.approx(theirs, rel=1e-5), ours["step"]
 
 
+@pytest.mark.extra
 def test_a_stage_of_steps_by_a_teacher_of_another_kind(
     places: dict[str, Path], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

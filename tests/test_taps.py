@@ -251,6 +251,7 @@ def test_a_frozen_network_under_no_grad_serves_a_loss() -> None:
     assert student.unet.conv_in.weight.grad.abs().max() > 0
 
 
+@pytest.mark.extra
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_dynamo_traces_the_taps_whole() -> None:
     tapped = Tapped(smallest_unet(), ENDS + INSIDE)

@@ -60,12 +60,12 @@ def test_its_vae_gives_pictures_back_so_that_the_checker_reads_them(score: Modul
 
 def test_it_draws_what_captions_say_that_no_training_saw(score: ModuleType) -> None:
     unet, parts = score.load_pipeline("toy")
-    captions = score.captions_of("one", 32) + score.captions_of("two", 32)
-    found = score.score(score.drawing(unet, parts, steps=12), captions, [0])
+    captions = score.captions_of("one", 24) + score.captions_of("two", 24)
+    pictures = score.drawing(unet, parts, steps=12)(captions, 0)
+    found = score.tally(pictures, captions)
     assert found["one"]["right"] >= 0.9
     assert found["two"]["right"] >= 0.9
     # what is right of its own caption is wrong of another
-    pictures = score.drawing(unet, parts, steps=12)(captions, 0)
     others = [*captions[1:], captions[0]]
     assert not any(judge(picture, text).right for picture, text in zip(pictures, others, strict=True))
 

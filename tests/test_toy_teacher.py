@@ -365,6 +365,38 @@ def test_a_demo_without_its_teacher_says_so(tmp_path: Path, capsys: pytest.Captu
     assert "there is no teacher 'nobody'" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_it_imports_is_said_in_a_line() -> None:
+    """The real script, stopped when its first heavy import begins."""
+    path = ROOT / "examples" / "toy_world" / "demo.py"
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; nothing was done yet\n")
+
+
+def test_a_stopped_demo_says_whether_anything_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import demo
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", stop)
+    words = ["--out", str(tmp_path), "--processes", "1"]
+    assert demo.main(words) == 130
+    assert capsys.readouterr().err == "stopped; nothing was saved yet, and the same command begins anew\n"
+    (tmp_path / "scratch" / "checkpoints" / "step-00000016").mkdir(parents=True)
+    assert demo.main(words) == 130
+    assert capsys.readouterr().err == "stopped, and saved (step-00000016); the same command goes on from there\n"
+
+
 def test_ctrl_c_ends_no_process_but_by_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that draws or waits does not die of it: its pool would end the other one, which is saving."""
     import demo

@@ -105,8 +105,8 @@ def test_cached_moments_give_the_same_terms_as_pictures(tiny: Size) -> None:
     [
         {"fused": False},
         {"autocast": True, "dtype": "bf16"},
-        {"checkpointing": "full"},
-        {"log_every": 1, "ema_every": 1},
+        pytest.param({"checkpointing": "full"}, marks=pytest.mark.extra),
+        pytest.param({"log_every": 1, "ema_every": 1}, marks=pytest.mark.extra),
     ],
     ids="-".join,
 )

@@ -27,6 +27,7 @@ is the message the command line shows.
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Self
@@ -50,6 +51,7 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "WeightsMismatchError",
+    "brief",
     "escaped",
     "first_few",
     "printable",
@@ -57,6 +59,8 @@ __all__ = [
 
 MAX_QUOTED_CHARS = 200
 MAX_NAMES = 4
+
+_SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 40
@@ -68,6 +72,11 @@ def printable(value: object) -> str:
     text = value if isinstance(value, str) else _REPR.repr(value)
     text = escaped(text[: MAX_QUOTED_CHARS + 1])  # what is cut away need not be looked at: it may be megabytes
     return text if len(text) <= MAX_QUOTED_CHARS else text[: MAX_QUOTED_CHARS - 1] + "…"
+
+
+def brief(value: object) -> str:
+    """Return ``value`` as :func:`printable` does, of each SHA-256 in it the first twelve digits."""
+    return printable(_SHA256.sub(r"\1…", value if isinstance(value, str) else _REPR.repr(value)))
 
 
 def escaped(text: str, *, keep: str = "") -> str:

@@ -10,18 +10,32 @@ training saw, and the checker counts. A demo that was stopped goes on where it w
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
 import os
 import signal
 import sys
+from typing import Any
+
+
+def _stop_before_it_begins(_number: int, _frame: Any) -> None:
+    """Leave at once: an exception would be shown with the import that it happened to stop."""
+    os.write(2, b"stopped; nothing was done yet\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _stop_before_it_begins)  # until main: importing torch takes seconds
+elif __name__ == "__mp_main__":  # a process of the pool; see _begin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# ruff: noqa: E402
+import argparse
+import json
+import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from score import captions_of, drawing, load_pipeline, tally
@@ -29,6 +43,7 @@ from score import captions_of, drawing, load_pipeline, tally
 import unet_surgery as us
 from unet_surgery.distill import Progress, RunConfig, distill, load_run
 from unet_surgery.distill.metrics import sum_of_features, term
+from unet_surgery.distill.state import state_folders
 from unet_surgery.errors import SurgeryError
 from unet_surgery.pages.page import Accuracy, Curve, Curves, Pictures, Prose, Section, Share, Table, page
 from unet_surgery.toyworld.checker import judge
@@ -52,6 +67,8 @@ TRAINED = (
     "scratch, the same network begins with random weights and sees the same pictures for as many steps, untaught."
 )
 SEED = 0
+DISTILLED, SCRATCH = "distilled", "scratch"
+"""The folders of the two runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +92,18 @@ class Trained:
 def main(words: Sequence[str] | None = None) -> int:
     options = parse_options(words)
     started = time.monotonic()
+    if signal.getsignal(signal.SIGINT) is _stop_before_it_begins:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _executor(options.processes) as executor:
             done = _interruptible(options, executor)
     except SurgeryError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # once more, while it waited for the processes
+        done = None
     if done is None:
-        print("stopped, and saved; the same command goes on from there", file=sys.stderr)
+        print(_stopped(options.out), file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
     (options.out / "index.html").write_text(_page(done, seconds), "utf-8")
@@ -90,6 +111,14 @@ def main(words: Sequence[str] | None = None) -> int:
         print(line)
     print((options.out / "index.html").resolve())
     return 0
+
+
+def _stopped(out: Path) -> str:
+    """Say what a demo that was stopped leaves for the next one."""
+    saved = [folders[-1].name for run in (DISTILLED, SCRATCH) if (folders := state_folders(out / run))]
+    if saved:
+        return f"stopped, and saved ({', '.join(saved)}); the same command goes on from there"
+    return "stopped; nothing was saved yet, and the same command begins anew"
 
 
 def _interruptible(options: argparse.Namespace, executor: Executor) -> Demo | None:
@@ -144,8 +173,8 @@ def run(options: argparse.Namespace, executor: Executor) -> Demo | None:
         return executor.submit(draw_and_judge, name, captions, options.sampling_steps, options.guidance)
 
     runs = [
-        executor.submit(train, "distilled", (*where, f"output={out / 'distilled'}")),
-        executor.submit(train, "from scratch", (*where, *CONTROL, f"output={out / 'scratch'}")),
+        executor.submit(train, "distilled", (*where, f"output={out / DISTILLED}")),
+        executor.submit(train, "from scratch", (*where, *CONTROL, f"output={out / SCRATCH}")),
     ]
     before = [draw(options.teacher), draw(str(student.folder))]
     distilled, control = (future.result() for future in runs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import TEACHER_HELP, Quiet
+from unet_surgery.cli.options import Quiet
 from unet_surgery.cli.processes import own_device, part_of_work
 from unet_surgery.cli.sink import command, progress_bar, say, show
 from unet_surgery.errors import UsageError
@@ -28,10 +28,19 @@ def cache(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help=f"Whose VAE and tokenizer. A pipeline: {TEACHER_HELP}")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The pipeline whose VAE and tokenizer encode: a diffusers folder, a Hub id "
+            "org/name\\[@revision], or a built-in name: toy, tiny-random, …",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The cache's folder.")] = None,
-    resolution: Annotated[int, typer.Option(help="Pictures become squares of this side, from their middle.")] = 512,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Pictures become squares of this side, from their middle. Default: the model's own."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures that go through the VAE at once.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="What the VAE runs in: fp32 or bf16.")] = "fp32",
@@ -71,7 +80,7 @@ def cache(
     It writes what datasets.load_from_disk opens. A run that was stopped goes on when the same command is given again.
     Samples that cannot be used are left out, and listed with reasons in quarantine.jsonl.
 
-    Example: unet-surgery cache ./pictures --model tiny-random --out ./latents --resolution 32
+    Example: unet-surgery cache ./pictures --model tiny-random --out ./latents
     """
     if check is not None:
         _check(check, quiet)

@@ -77,6 +77,8 @@ def device_name(driver: Path = DRIVER) -> str | None:
 def _show(paper: DryRun, source: str) -> None:
     from unet_surgery.lower import quantity
 
+    for line in paper.refused:  # first: what follows fills a screen
+        say(f"would be refused: {line}")
     height, width = paper.latent_size
     data = "data of unknown number" if paper.num_samples is None else f"{paper.num_samples:,} samples"
     show(f"student {paper.student}: {quantity(paper.student_params)} parameters; {data}, latents of {height} × {width}")
@@ -92,8 +94,8 @@ def _show(paper: DryRun, source: str) -> None:
     show(f"time: {paper.hours:,.1f} hours at {source}{devices}" if paper.hours is not None else f"time: {source}")
     for note in paper.notes:
         say(f"note: {note}")
-    for line in paper.refused:
-        say(f"would be refused: {line}")
+    if paper.refused:
+        say(f"this run would be refused, for {_counted(len(paper.refused), 'reason')}: see the beginning")
 
 
 def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
@@ -101,11 +103,9 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
 
     teacher = "" if stage.teacher_params is None else f", teacher {stage.teacher} ({quantity(stage.teacher_params)})"
     seen = "" if paper.num_samples is None else f", {stage.images / paper.num_samples:.1f} epochs"
-    dealt = f"{stage.micro_batch} × {stage.accumulated}"
-    dealt += f" × {paper.processes} processes" if paper.processes > 1 else ""
     show(
-        f"\nstage {stage.name}{teacher}: {stage.steps:,} steps × {stage.batch} samples ({dealt}) "
-        f"= {quantity(stage.images)} samples{seen}"
+        f"\nstage {stage.name}{teacher}: {stage.steps:,} steps × {stage.batch} samples "
+        f"= {quantity(stage.images)} samples{seen}\n{_dealt(stage, paper.processes)}"
     )
     flops = stage.flops
     rows = [
@@ -132,6 +132,20 @@ def _show_stage(paper: DryRun, stage: StageOnPaper) -> None:
         show(table(("student's activation", "compared with the teacher's", "shape"), pairs))
     if stage.hours is not None and len(paper.stages) > 1:
         show(f"{stage.hours:,.3g} hours")
+
+
+def _dealt(stage: StageOnPaper, processes: int) -> str:
+    """Say in words of what a step's samples are made up."""
+    each = " on each device" if processes > 1 else ""
+    if stage.micro_batch * stage.accumulated * processes != stage.batch:
+        return f"a step: {stage.batch} samples, which cannot be dealt out in micro-batches of {stage.micro_batch}{each}"
+    return (
+        f"a step: {_counted(stage.accumulated, 'micro-batch', 'es')} of {_counted(stage.micro_batch, 'sample')}{each}"
+    )
+
+
+def _counted(number: int, what: str, plural: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else plural}"
 
 
 def report_find_batch(config: RunConfig, *, num_processes: int = 1, quiet: bool, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.data.cachefolder import (
@@ -26,8 +27,13 @@ from unet_surgery.data.encode import check_resolution
 from unet_surgery.data.filters import FilteredSource
 from unet_surgery.data.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.data.shards import Encoder, write_shard
+from unet_surgery.data.sides import native_side
 from unet_surgery.data.sources import CAPTION_COLUMNS, Source, open_source
 from unet_surgery.errors import DataError, UsageError, printable
+from unet_surgery.runtime.parts import check_pipeline
+
+if TYPE_CHECKING:
+    from unet_surgery.hub.resolve import ResolvedTeacher
 
 __all__ = ["CacheRequest", "CacheResult", "Progress", "make_cache", "write_part"]
 
@@ -46,7 +52,7 @@ class CacheRequest:
     source: str
     model: str
     out: Path
-    resolution: int = 512
+    resolution: int
     batch: int = 16
     device: str = "auto"
     dtype: str = "fp32"
@@ -84,7 +90,7 @@ def make_cache(
     model: str | Path,
     out: str | Path,
     *,
-    resolution: int = 512,
+    resolution: int | None = None,
     batch: int = 16,
     device: str = "auto",
     dtype: str = "fp32",
@@ -103,17 +109,19 @@ def make_cache(
     """Encode the pictures of ``source`` by the VAE of ``model`` into the folder ``out``, or go on with it.
 
     ``source`` is what :func:`unet_surgery.data.sources.open_source` opens, ``model`` a pipeline: a folder, a built-in
-    name or a Hub id. ``filters`` such as ``score>=6.5`` choose samples by the columns of the source's metadata
-    (:func:`unet_surgery.data.conditions.parse_filter`); all must hold, and ``limit`` counts what they leave. ``flip``
-    keeps every picture's mirror image as well. The VAE runs in ``dtype`` (``fp32``, or ``bf16``; in fp16 that of SD
-    overflows). ``part`` is (index, count) of processes that share the work, each with ``workers`` processes of its own;
-    the result is the same for any number, byte for byte where each encodes with the same number of threads, and up to
-    rounding where not. ``decoders`` are threads that decode pictures. ``progress`` is called with samples done and in
-    all, of this part.
+    name or a Hub id. Pictures become squares of ``resolution`` pixels; by default what the model's U-Net was made for,
+    its ``sample_size`` in the VAE's pixels, and that is logged. ``filters`` such as ``score>=6.5`` choose samples by
+    the columns of the source's metadata (:func:`unet_surgery.data.conditions.parse_filter`); all must hold, and
+    ``limit`` counts what they leave. ``flip`` keeps every picture's mirror image as well. The VAE runs in ``dtype``
+    (``fp32``, or ``bf16``; in fp16 that of SD overflows). ``part`` is (index, count) of processes that share the work,
+    each with ``workers`` processes of its own; the result is the same for any number, byte for byte where each encodes
+    with the same number of threads, and up to rounding where not. ``decoders`` are threads that decode pictures.
+    ``progress`` is called with samples done and in all, of this part.
 
     Raises:
         DataError: there is no such data, or more than the share ``max_bad`` of it cannot be used.
         OutputError: ``out`` is something else, was begun with other settings, or the disk refuses.
+        UsageError: an argument has a wrong value, or there is no ``resolution`` and the model does not say its own.
         TeacherError, HubError, VerificationError: the model cannot be had, or is not whole.
         MissingExtraError: torch, diffusers, transformers or, for some sources, datasets is not installed.
     """
@@ -126,7 +134,7 @@ def make_cache(
         str(source),
         str(model),
         Path(os.path.abspath(Path(out).expanduser())),
-        resolution,
+        _native(str(model)) if resolution is None else resolution,
         batch,
         device,
         dtype,
@@ -215,16 +223,33 @@ def settings_for(request: CacheRequest, source: Source, encoder: Encoder) -> Cac
     )
 
 
-def _model(model: str) -> tuple[dict[str, str | None], Path]:
-    """Fetch a pipeline's parts; the U-Net's weights on the Hub are left there."""
-    from unet_surgery.hub import fetch_teacher, resolve_teacher
+def _native(model: str) -> int:
+    """Return the resolution that a pipeline was made for, and say it; of the Hub, configs alone are fetched."""
+    found = _pipeline(model)
+    if found.hub is not None:
+        found.hub.part_configs()
+    check_pipeline(found.folder)
+    resolution = native_side(found.folder)
+    log.info("resolution %d, the model's", resolution)
+    return resolution
+
+
+def _pipeline(model: str) -> ResolvedTeacher:
+    from unet_surgery.hub import resolve_teacher
 
     found = resolve_teacher(model)
     if found.file is not None:
         raise UsageError(
             "a single file has no VAE that can be used here", where=printable(model), expected="a pipeline"
         )
-    found = fetch_teacher(found, parts_only=True, progress=lambda _done, _total: None)
+    return found
+
+
+def _model(model: str) -> tuple[dict[str, str | None], Path]:
+    """Fetch a pipeline's parts; the U-Net's weights on the Hub are left there."""
+    from unet_surgery.hub import fetch_teacher
+
+    found = fetch_teacher(_pipeline(model), parts_only=True, progress=lambda _done, _total: None)
     return {"name": found.teacher_id or found.name, "commit": found.commit}, found.folder
 
 

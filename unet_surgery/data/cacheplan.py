@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from unet_surgery.data.reasons import Reason
-from unet_surgery.errors import DataError, OutputError, UsageError, printable
+from unet_surgery.errors import DataError, OutputError, UsageError, brief, printable
 
 __all__ = [
     "FORMAT",
@@ -228,8 +228,8 @@ def check_same(there: CacheSettings, wanted: CacheSettings, where: str) -> None:
         raise OutputError(
             "this folder holds a cache that was begun with other settings",
             where=where,
-            expected="; ".join(f"{key} {_short(old[key])}" for key in keys),
-            found="; ".join(f"{key} {_short(new[key])}" for key in keys),
+            expected="; ".join(f"{key} {brief(old[key])}" for key in keys),
+            found="; ".join(f"{key} {brief(new[key])}" for key in keys),
             hint="choose another --out, or the same settings as before",
         )
 
@@ -246,8 +246,3 @@ def check_share(bad: Mapping[str, int], num_samples: int, max_bad: float, where:
             found=f"{count} so far: {reasons}",
             hint="repair the data, or allow more with --max-bad (in a run file: max_bad)",
         )
-
-
-def _short(value: Any) -> str:
-    text = printable(value if isinstance(value, str) else str(value))
-    return f"{text[:12]}…" if len(text) == 64 else text  # a hash

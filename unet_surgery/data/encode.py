@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unet_surgery.errors import UsageError
+from unet_surgery.data.sides import check_side
 from unet_surgery.runtime.parts import pixels_per_latent
 
 if TYPE_CHECKING:
@@ -50,8 +50,4 @@ def in_half(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_resolution(vae: Any, resolution: int) -> None:
     """Raise UsageError if pictures of this size do not become whole latents."""
-    factor = pixels_per_latent(vae)
-    if resolution < factor or resolution % factor:
-        raise UsageError(
-            "the resolution does not fit the VAE", expected=f"a multiple of {factor}", found=str(resolution)
-        )
+    check_side(resolution, pixels_per_latent(vae))

@@ -54,6 +54,7 @@ class PictureSet:
         self._seen = bytearray(len(source))
         self._num_seen = 0
         self._bad: Counter[str] = Counter()
+        self._first = ""
 
     def __len__(self) -> int:
         return len(self._source)
@@ -90,26 +91,32 @@ class PictureSet:
                 raw = self._source.read(place)
                 sample = decode_picture(raw.image, self._resolution), check_caption(raw.caption)
             except BadSampleError as error:
-                self._count(place, error.reason)
+                self._count(place, error)
             else:
                 self._count(place, None)
                 return sample
         raise DataError("no sample can be used", found=", ".join(self.bad))
 
-    def _count(self, place: int, reason: str | None) -> None:
+    def _count(self, place: int, error: BadSampleError | None) -> None:
         with self._lock:
             if self._seen[place]:
                 return
             self._seen[place] = 1
             self._num_seen += 1
-            if reason is None:
+            if error is None:
                 return
-            self._bad[reason] += 1
-            bad, num_seen = Counter(self._bad), self._num_seen
-        if sum(bad.values()) == 1:
-            name = printable(self._source.id(place))
-            log.warning("%s cannot be used (%s): the next sample stands in for it, as for all such", name, reason)
-        check_share(bad, len(self), self._max_bad, "the training pictures")
+            is_first = not self._bad
+            self._bad[error.reason] += 1
+            if is_first:
+                self._first = f"{printable(self._source.id(place))} ({error.reason}{_detail(error)})"
+            bad, num_seen, first = Counter(self._bad), self._num_seen, self._first
+        check_share(bad, len(self), self._max_bad, f"the training pictures, first {first}")
         expected = self._max_bad * num_seen
         if num_seen >= JUDGED_FROM and sum(bad.values()) > expected + 3 * sqrt(expected):
-            check_share(bad, num_seen, self._max_bad, "the training pictures seen so far")
+            check_share(bad, num_seen, self._max_bad, f"the training pictures seen so far, first {first}")
+        if is_first:
+            log.warning("%s cannot be used: the next sample stands in for it, as for all such", first)
+
+
+def _detail(error: BadSampleError) -> str:
+    return f": {printable(error.found)}" if error.found else ""

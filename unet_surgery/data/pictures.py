@@ -6,6 +6,7 @@ Shapes: R resolution; pictures are [height, width, 3].
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.data.reasons import BadSampleError, Reason
@@ -31,6 +32,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 Found = TypeVar("Found")
 
 _CUT_SHORT = ("truncated", "not processed", "end of file", "unexpected end", "no more data", "incomplete")
+_OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 _filters = threading.Lock()
 
 
@@ -105,7 +107,7 @@ def _guarded(data: bytes, limits: PictureLimits | None, use: Callable[[Image.Ima
     except MemoryError as error:
         raise BadSampleError("bomb", "more than memory holds") from error
     except Exception as error:  # a decoder of hostile bytes may raise anything, and none of it is a fault of ours
-        raise BadSampleError(_reason(error), printable(str(error) or type(error).__name__)) from error
+        raise BadSampleError(_reason(error), _words(error)) from error
 
 
 def _check_start(data: bytes) -> None:
@@ -126,7 +128,7 @@ def _check_size(size: tuple[int, int], limits: PictureLimits) -> None:
     width, height = size
     shown = f"{width}×{height}"
     if width * height > limits.max_pixels:
-        raise BadSampleError("bomb", shown)
+        raise BadSampleError("bomb", f"{shown}, more than {limits.max_pixels:,} pixels")
     if min(size) < limits.min_side:
         raise BadSampleError("too-small", shown)
     if max(size) > limits.max_aspect * min(size):
@@ -186,3 +188,10 @@ def _centre_square(picture: Image.Image, resolution: int) -> Image.Image:
 def _reason(error: Exception) -> Reason:
     text: Any = str(error).lower()
     return "truncated" if any(words in text for words in _CUT_SHORT) else "unreadable"
+
+
+def _words(error: Exception) -> str:
+    """Return what a decoder says, without addresses: they differ from run to run, and quarantine.jsonl does not."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"in none of the formats that are read: {', '.join(FORMATS)}"
+    return printable(_OBJECT.sub("the data", str(error)) or type(error).__name__)

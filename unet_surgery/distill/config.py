@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from unet_surgery.data.conditions import parse_filter
 from unet_surgery.errors import UsageError
@@ -30,6 +31,16 @@ __all__ = [
     "ToyData",
     "TroubleConfig",
 ]
+
+
+REFUSED = "refused"
+"""The type that pydantic gives to what the models below refuse themselves; its context is what an error shows."""
+
+
+def _refused(what: str, expected: str, *, at: tuple[str, ...] = (), hint: str | None = None) -> PydanticCustomError:
+    """Return the refusal of the value at ``at`` below the model that is checked."""
+    context = {"what": what, "expected": expected, "at": at, "hint": hint}
+    return PydanticCustomError(REFUSED, "{what}; expected: {expected}", context)
 
 
 class _Model(BaseModel):
@@ -72,7 +83,12 @@ class StepKd(_Model):
     @model_validator(mode="after")
     def _rises(self) -> Self:
         if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance goes from the lower to the higher, not from {self.guidance[0]:g}")
+            raise _refused(
+                "step_kd is guided between two values that stand the wrong way round",
+                "from the lower to the higher",
+                at=("guidance",),
+                hint=f"guidance: [{self.guidance[1]:g}, {self.guidance[0]:g}]",
+            )
         return self
 
 
@@ -109,7 +125,11 @@ class Objectives(_Model):
     @model_validator(mode="after")
     def _one_at_least(self) -> Self:
         if not (self.task or self.needs_teacher):
-            raise ValueError("all weights are 0; give one of task, output_kd, feature_kd and step_kd a weight")
+            raise _refused(
+                "the objectives' weights are all 0",
+                "a weight above 0 for one of task, output_kd, feature_kd and step_kd",
+                hint="task: 1",
+            )
         return self
 
     @model_validator(mode="after")
@@ -119,11 +139,20 @@ class Objectives(_Model):
         others = {"task": self.task, "output_kd": self.output_kd, "feature_kd": self.feature_kd.weight}
         given = [name for name, weight in others.items() if weight]
         if given:
-            raise ValueError(
-                f"step_kd goes alone: give {', '.join(given)} the weight 0 (its share of the task is its task_share)"
+            raise _refused(
+                "step_kd goes alone",
+                f"no other weights (its share of the task is its task_share), and {', '.join(given)} has one"
+                if len(given) == 1
+                else f"no other weights (its share of the task is its task_share), and {', '.join(given)} have some",
+                hint=", ".join(f"{name}: 0" for name in given),
             )
         if self.min_snr is not None:
-            raise ValueError("min_snr weighs the task term, which step_kd scales by itself: leave it out")
+            raise _refused(
+                "min_snr weighs the task term, which step_kd scales by itself",
+                "one of the two",
+                at=("min_snr",),
+                hint="leave min_snr out",
+            )
         return self
 
 
@@ -185,14 +214,24 @@ class DataConfig(_Model):
     def _one_source(self) -> Self:
         given = [name for name in ("cache", "images", "toy") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"one of cache, images and toy is needed, and {' and '.join(given) or 'none'} is given")
+            raise _refused(
+                f"{' and '.join(given)} are given as data" if given else "no data is given",
+                "one of cache, images and toy",
+                hint=f"take one out, such as by --set data.{given[0]}=null" if given else "data: {cache: ./latents}",
+            )
         if self.filter and self.images is None:
-            raise ValueError("filter is of images; a cache is filtered when it is made: unet-surgery cache --filter")
+            raise _refused(
+                f"data.filter stands beside {given[0]}",
+                "images, or no filter",
+                hint="a cache is filtered when it is made: unet-surgery cache --filter",
+            )
         for text in self.filter:
             try:
                 parse_filter(text)
             except UsageError as error:
-                raise ValueError(f"{error.what}: {error.found}; expected {error.expected}") from error
+                raise _refused(
+                    f"{error.what}: {error.found}", str(error.expected), at=("filter",), hint=error.hint
+                ) from error
         return self
 
 
@@ -278,19 +317,34 @@ class Stage(_Model):
     @model_validator(mode="after")
     def _has_its_teacher(self) -> Self:
         if self.objectives.needs_teacher and self.teacher is None:
-            raise ValueError("output_kd, feature_kd and step_kd need a teacher: name one, or give them the weight 0")
+            raise _refused(
+                "output_kd, feature_kd and step_kd need a teacher",
+                "teacher: a folder, a built-in name or a Hub id",
+                at=("teacher",),
+                hint="name one, or give them the weight 0",
+            )
         return self
 
     @model_validator(mode="after")
     def _stands_on_the_ladder(self) -> Self:
         if self.objectives.step_kd.weight and self.noise.timesteps != "uniform":
-            raise ValueError("step_kd has timesteps of its own, the student's: noise.timesteps stays uniform")
+            raise _refused(
+                "step_kd has timesteps of its own, the student's",
+                "noise.timesteps stays uniform",
+                at=("noise", "timesteps"),
+                hint="noise: {timesteps: uniform}",
+            )
         return self
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> Self:
         if self.optimizer.schedule != "constant" and self.optimizer.warmup >= self.steps:
-            raise ValueError(f"the warm-up of {self.optimizer.warmup} steps takes all of the {self.steps}: shorten it")
+            raise _refused(
+                f"the warm-up of {self.optimizer.warmup} steps takes all of the {self.steps}",
+                f"fewer than {self.steps} steps: after them the rate falls",
+                at=("optimizer", "warmup"),
+                hint="a shorter warmup, or schedule: constant",
+            )
         return self
 
 

@@ -22,6 +22,7 @@ from unet_surgery.distill.fit import (
     check_prediction,
     check_processes,
     check_teacher,
+    named_in,
 )
 from unet_surgery.distill.footprint import Disk, Memory, checkpoint_bytes, memory
 from unet_surgery.distill.onpaper import Data, Network, Parts, read_data, read_network, read_parts, read_student
@@ -136,7 +137,7 @@ def dry_run(config: RunConfig, *, rate: float | None = None, num_processes: int 
     refusals, notes = _Refusals(), list[str]()
     student = read_student(config.student)
     names = dict.fromkeys(s.teacher for s in config.stages if s.teacher is not None and s.objectives.needs_teacher)
-    networks = {config.student: student, **{name: read_network(name) for name in names}}
+    networks = {config.student: student, **{name: _network(config, name) for name in names}}
     refusals.trying(lambda: check_processes(config, num_processes), None)
     refusals.trying(lambda: check_kind(student.config, student.name), None)
     parts = refusals.trying(lambda: read_parts(config, networks), Parts())
@@ -168,6 +169,13 @@ def dry_run(config: RunConfig, *, rate: float | None = None, num_processes: int 
         refused=tuple(refusals.lines),
         notes=tuple(notes),
     )
+
+
+def _network(config: RunConfig, name: str) -> Network:
+    try:
+        return read_network(name)
+    except SurgeryError as error:
+        raise error.at(named_in(config, name)) from error.__cause__
 
 
 def _stage(

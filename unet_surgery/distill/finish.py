@@ -20,6 +20,7 @@ from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.card import PICTURE, TrainingFacts, trained_card
 from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.components import INDEX, component_names
+from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.layout import UNET_BASE
 from unet_surgery.checkpoint.licence import CARD, is_licence_file
 from unet_surgery.checkpoint.staging import Staging
@@ -31,12 +32,12 @@ from unet_surgery.distill.config import RunConfig, Stage
 from unet_surgery.distill.metrics import sum_of_features, term
 from unet_surgery.distill.networks import read_student_plan
 from unet_surgery.distill.statefile import group_file, write_group
-from unet_surgery.errors import DataError, OutputError, TrainingError, printable
+from unet_surgery.errors import DataError, OutputError, SurgeryError, TrainingError, printable
 from unet_surgery.pages.chart import Curve, standalone_svg
 from unet_surgery.runtime.load import stored_dtype
 from unet_surgery.version import __version__
 
-__all__ = ["write_trained"]
+__all__ = ["last_trained_step", "write_trained"]
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ TERMS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     STEP_KD: lambda line: term(line, "step_kd"),
 }
 """A term of the loss, summed up, in a line of metrics; a stage that distils steps has no others."""
+MAX_TRAINING_BYTES = 64 << 20
 BARE_CARD = "---\nlibrary_name: diffusers\ntags: [unet-surgery]\n---\n\n# A U-Net\n"
 
 
@@ -101,6 +103,15 @@ def write_trained(
         for name, data in texts.items():
             disk.write_file(staging.folder / name, data)
         staging.commit()
+
+
+def last_trained_step(student: Path) -> int | None:
+    """Return the step after which :func:`write_trained` wrote a student; None where it is not there, or not whole."""
+    try:
+        step = read_object(student / TRAINING, MAX_TRAINING_BYTES)["metrics"][-1]["step"]
+    except (SurgeryError, KeyError, IndexError, TypeError):
+        return None
+    return step if type(step) is int else None
 
 
 def _finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

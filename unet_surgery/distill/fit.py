@@ -16,6 +16,7 @@ __all__ = [
     "check_prediction",
     "check_processes",
     "check_teacher",
+    "named_in",
     "no_such_student",
     "other_noise",
 ]
@@ -175,6 +176,13 @@ def no_such_student(name: str) -> RunError:
         hint="unet-surgery prune makes it; for a dry run a plan is enough: unet-surgery plan --recipe … --json "
         "> plan.json, and --set student=plan.json",
     )
+
+
+def named_in(config: RunConfig, name: str) -> str:
+    """Return which key of a run names this network, for an error that does not know."""
+    places = {config.student: "student", config.base: "base"}
+    teachers = {stage.teacher: f"stage {stage.name}, teacher" for stage in reversed(config.stages)}
+    return (teachers | places)[name]
 
 
 def _prediction_type(scheduler: Config) -> str:

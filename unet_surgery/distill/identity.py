@@ -13,7 +13,7 @@ from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.student import CONFIG, PLAN
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.networks import Folders
-from unet_surgery.errors import RunError, printable
+from unet_surgery.errors import RunError, brief
 
 __all__ = ["breaking_changes", "fingerprint", "flat", "identity", "refuse_changes"]
 
@@ -74,11 +74,17 @@ def breaking_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str,
     """Return the keys of two resolved runs that differ where a resume would be another run: key → (before, after)."""
     old, new = flat(_pinned(before)), flat(_pinned(after))
     missing = "(absent)"
-    return {
-        key: (old.get(key, missing), new.get(key, missing))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, missing) != new.get(key, missing)
-    }
+    pairs = {key: (old.get(key, missing), new.get(key, missing)) for key in sorted(old.keys() | new.keys())}
+    return {key: both for name, pair in pairs.items() for key, both in _differing(name, *pair).items()}
+
+
+def _differing(key: str, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Return what of a key differs: of two lists of one length, such as the hashes of the parts, only those values."""
+    if old == new:
+        return {}
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return {f"{key}.{i}": pair for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]}
+    return {key: (old, new)}
 
 
 def refuse_changes(before: dict[str, Any], after: dict[str, Any], where: str) -> None:
@@ -91,12 +97,12 @@ def refuse_changes(before: dict[str, Any], after: dict[str, Any], where: str) ->
     with contextlib.suppress(ValidationError):  # then its keys differ, and are named
         before = {**before, **RunConfig.model_validate(known).model_dump(mode="json")}
     changes = breaking_changes(before, after)
+    if any(key.startswith("data.") for key in changes):
+        changes.pop("identity.data", None)  # other data is other content: the keys say more
     if changes:
-        shown = "; ".join(
-            f"{key}: {printable(old)} → {printable(new)}" for key, (old, new) in list(changes.items())[:6]
-        )
+        shown = "; ".join(f"{key}: {brief(old)} → {brief(new)}" for key, (old, new) in list(changes.items())[:6])
         raise RunError(
-            f"the run in this folder was begun with other settings ({len(changes)} differ)",
+            f"the run in this folder was begun with other settings ({len(changes)} differ{'s' * (len(changes) == 1)})",
             where=where,
             expected="the settings it was begun with",
             found=shown,

@@ -16,9 +16,9 @@ from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
-from unet_surgery.distill.fit import check_prediction, no_such_student, other_noise
+from unet_surgery.distill.fit import check_prediction, named_in, no_such_student, other_noise
 from unet_surgery.distill.weights import DTYPES
-from unet_surgery.errors import RunError, TeacherError, printable
+from unet_surgery.errors import RunError, SurgeryError, TeacherError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.lower import SurgeryPlan
 from unet_surgery.runtime.load import load_unet
@@ -61,7 +61,7 @@ def find_folders(config: RunConfig, progress: Progress) -> Folders:
         RunError: neither student nor teacher is a whole pipeline, and ``base`` names none.
     """
     names = (config.student, config.base, *(stage.teacher for stage in config.stages))
-    found = {name: _folder(name, progress) for name in dict.fromkeys(names[1:]) if name is not None}
+    found = {name: _named(config, name, progress) for name in dict.fromkeys(names[1:]) if name is not None}
     try:
         found[config.student] = found.get(config.student) or _folder(config.student, progress)
     except TeacherError as error:
@@ -78,6 +78,13 @@ def find_folders(config: RunConfig, progress: Progress) -> Folders:
             hint="name one under base:, such as the teacher's pipeline",
         )
     return Folders(found[config.student], base, tuple(found[s.teacher] if s.teacher else None for s in config.stages))
+
+
+def _named(config: RunConfig, name: str, progress: Progress) -> Path:
+    try:
+        return _folder(name, progress)
+    except SurgeryError as error:
+        raise error.at(named_in(config, name)) from error.__cause__
 
 
 def _folder(name: str, progress: Progress) -> Path:

@@ -13,6 +13,7 @@ from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.student import CONFIG, PLAN
 from unet_surgery.checkpoint.teacher import open_teacher
+from unet_surgery.data.sides import check_side
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.fit import no_such_student
 from unet_surgery.distill.partcosts import text_encoder_costs, vae_costs, vae_factor
@@ -154,7 +155,8 @@ def read_data(config: RunConfig, parts: Parts) -> Data:
     """Return what configs tell of a run's data.
 
     Raises:
-        DataError: it is not there, or does not fit the VAE.
+        DataError: it is not there.
+        UsageError: its resolution does not fit the VAE.
         MissingExtraError: pyarrow, which caches need, is not installed.
     """
     data = config.data
@@ -180,10 +182,7 @@ def read_data(config: RunConfig, parts: Parts) -> Data:
 
 
 def _check_pictures(name: str, resolution: int, factor: int) -> None:
-    if resolution % factor:
-        raise DataError(
-            "the resolution does not fit the VAE", expected=f"a multiple of {factor}", found=str(resolution)
-        )
+    check_side(resolution, factor)
     path = Path(name)
     may_be_many = "{" in name or name.startswith("hub:") or (name.count("/") == 1 and not path.parent.is_dir())
     if not may_be_many and not path.exists():

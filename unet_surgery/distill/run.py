@@ -16,7 +16,7 @@ import torch
 from unet_surgery.checkpoint import disk
 from unet_surgery.distill.config import RunConfig
 from unet_surgery.distill.ema import caught_up
-from unet_surgery.distill.finish import write_trained
+from unet_surgery.distill.finish import last_trained_step, write_trained
 from unet_surgery.distill.flopuse import flop_use
 from unet_surgery.distill.gallery import Gallery
 from unet_surgery.distill.identity import identity, refuse_changes
@@ -27,7 +27,7 @@ from unet_surgery.distill.metrics import METRICS, last_step
 from unet_surgery.distill.networks import Folders, find_folders
 from unet_surgery.distill.runlock import RunLock
 from unet_surgery.distill.setup import open_base, set_up
-from unet_surgery.distill.state import TrainingState, newest_state
+from unet_surgery.distill.state import TrainingState, newest_facts, newest_state
 from unet_surgery.distill.stop import Stop
 from unet_surgery.distill.world import World, join_world
 from unet_surgery.errors import RunError, TrainingError
@@ -89,8 +89,13 @@ def _run(
     folder = Path(config.output)
     folders = world.on_main(lambda: find_folders(config, on_bytes))  # it fetches, the others find what it fetched
     folders = folders or find_folders(config, lambda _done, _all: None)
+    there = Result(folder, folder / STUDENT, config.num_steps, None)
+    if world.share(world.on_main(lambda: _is_finished(config, folders, None))):
+        return there
     base = open_base(config, folders, world)
     known = identity(config, folders, base.samples.fingerprint)
+    if world.share(world.on_main(lambda: _is_finished(config, folders, base.samples.fingerprint))):
+        return there
     state = _newest(folder, world)
     if state is not None:
         _continue(config, state, known, folder)
@@ -142,6 +147,30 @@ def _continue(config: RunConfig, state: TrainingState, known: dict[str, object],
             hint="choose another output: for a shorter run",
         )
     log.warning("going on after step %d of %d", state.step, config.num_steps)
+
+
+def _is_finished(config: RunConfig, folders: Folders, data: str | None) -> bool:
+    """Say that a run is finished, if it is: the last step's checkpoint is there, and the student written at that step.
+
+    ``data`` is the fingerprint of the run's data; None before it is opened, which data that is called as it was when
+    the run ended does not need.
+
+    Raises:
+        RunError: names the keys by which this would be another run.
+    """
+    folder = Path(config.output)
+    found = newest_facts(folder)
+    if found is None or found[0] != config.num_steps or last_trained_step(folder / STUDENT) != config.num_steps:
+        return False
+    facts, wanted = found[1], config.model_dump(mode="json")
+    if data is None and facts["run"]["data"] == wanted["data"]:
+        data = facts["identity"]["data"]
+    if data is None:
+        return False
+    before = {**facts["run"], "identity": facts["identity"]}
+    refuse_changes(before, {**wanted, "identity": identity(config, folders, data)}, str(folder))
+    log.warning("already finished: step %d of %d", config.num_steps, config.num_steps)
+    return True
 
 
 def _begin(config: RunConfig, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,7 +12,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from unet_surgery.distill.config import RunConfig, Stage, merged
+from unet_surgery.distill.config import REFUSED, RunConfig, Stage, merged
+from unet_surgery.distill.refusals import refusal
 from unet_surgery.errors import RunError, printable
 from unet_surgery.recipe.yamlfile import MAX_BYTES, Kind, LocatedData, parse_yaml
 
@@ -39,11 +41,21 @@ def load_run(path: str | Path, changes: Sequence[str] = ()) -> RunFile:
         with open(path, "rb") as stream:
             text = stream.read(MAX_BYTES + 1).decode("utf-8")
     except OSError as error:
-        raise RunError("the run file cannot be read", where=file, found=error.strerror) from error
+        hint = _nearest(Path(path)) if isinstance(error, FileNotFoundError) else None
+        raise RunError("the run file cannot be read", where=file, found=error.strerror, hint=hint) from error
     except UnicodeDecodeError as error:
         found = f"byte {error.start} is none"
         raise RunError("the run file cannot be read as UTF-8 text", where=file, found=found) from error
     return RunFile(parse_run(text, file, changes), file)
+
+
+def _nearest(path: Path) -> str:
+    """Return what to try in place of a file that is not there."""
+    beside = [p.name for suffix in ("*.yaml", "*.yml") for p in sorted(path.parent.glob(suffix))]
+    close = get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {printable(str(path.parent / close[0]))}?"
+    return "examples/runs/ of unet-surgery's repository has run files to begin with"
 
 
 def parse_run(text: str, file: str, changes: Sequence[str] = ()) -> RunConfig:
@@ -58,7 +70,9 @@ def parse_run(text: str, file: str, changes: Sequence[str] = ()) -> RunConfig:
     for change in changes:
         path, value = _parse_change(change)
         origins[path] = f"--set {change}"
-        if path[0] in Stage.model_fields and isinstance(data.get("stages"), list):
+        if value is None and not _may_be_null(path):
+            _remove(data, path)
+        elif path[0] in Stage.model_fields and isinstance(data.get("stages"), list):
             # Said once on the command line, it is meant for all of them.
             for i, stage in enumerate(data["stages"]):
                 if isinstance(stage, dict):
@@ -114,6 +128,28 @@ def _put(data: Any, path: tuple[str | int, ...], value: Any, change: str) -> Non
         ) from None
 
 
+def _may_be_null(path: tuple[str | int, ...]) -> bool:
+    """True if null has a meaning at ``path``, or the key is unknown, which is for the check to say."""
+    checked = ("stages", 0, *path) if path[0] in Stage.model_fields else path
+    field = _model_at(checked[:-1]).model_fields.get(str(checked[-1]))
+    return field is None or type(None) in get_args(field.annotation)
+
+
+def _remove(data: Any, path: tuple[str | int, ...]) -> None:
+    """Take the key at ``path`` away, if it is there; at the top, what is a stage's from all stages."""
+    stages = data.get("stages") if path[0] in Stage.model_fields else None
+    for root in (data, *(stages if isinstance(stages, list) else ())):
+        at = root
+        for part in path[:-1]:
+            at = (
+                at[part]
+                if isinstance(at, list) and isinstance(part, int) and part < len(at)
+                else (at.get(part) if isinstance(at, dict) else None)
+            )
+        if isinstance(at, dict):
+            at.pop(path[-1], None)
+
+
 def _both_mappings(data: Any, key: str | int, value: Any) -> bool:
     return isinstance(value, dict) and isinstance(data, dict) and isinstance(data.get(key), dict)
 
@@ -127,32 +163,17 @@ def _explain(
     """Turn pydantic's first finding into one message that knows its line."""
     first = error.errors(include_url=False)[0]
     path = tuple(first["loc"])
+    if first["type"] == REFUSED:
+        path += first["ctx"]["at"]
     as_written = _as_written(path, data)
     where = next(
-        (said for at, said in origins.items() for p in (path, as_written) if at[: len(p)] == p[: len(at)]),
+        (said for at, said in origins.items() for p in (path, as_written) if p and at[: len(p)] == p[: len(at)]),
         located.where(as_written),
     )
-    key = ".".join(map(str, as_written))
-    result = _of_kind(first["type"], key, path, first["msg"].removeprefix("Value error, "), first["input"])
+    known = _keys_at(path if first["type"] == "model_type" else path[:-1])
+    result = refusal(first, ".".join(map(str, as_written)), known, _default(path))
     result.path = as_written
     return result.at(where)
-
-
-def _of_kind(kind: str, key: str, path: tuple[str | int, ...], message: str, found: object) -> RunError:
-    if kind == "extra_forbidden":
-        known = _keys_at(path[:-1])
-        close = get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        return RunError(
-            f"the run file has an unknown key {printable(key)!r}",
-            expected=", ".join(known),
-            hint=f"did you mean {close[0]!r}?" if close else "remove the key",
-        )
-    if kind == "missing":
-        return RunError(f"the run file has no {key!r}", hint=f"add {key}: …")
-    shown = printable(found) if not isinstance(found, (dict, list)) else None
-    return RunError(
-        f"the run file's {key!r} is wrong" if key else "the run file is wrong", expected=message, found=shown
-    )
 
 
 def _as_written(path: tuple[str | int, ...], data: Mapping[str, Any]) -> tuple[str | int, ...]:
@@ -169,15 +190,34 @@ def _as_written(path: tuple[str | int, ...], data: Mapping[str, Any]) -> tuple[s
 
 def _keys_at(path: tuple[str | int, ...]) -> list[str]:
     """Return the keys that a mapping at ``path`` may have."""
-    model: type[BaseModel] = RunConfig
-    for part in path:
-        if isinstance(part, str) and part in model.model_fields:
-            found = _model_in(model.model_fields[part].annotation)
-            model = found or model
+    model = _model_at(path)
     names = list(model.model_fields)
     if model is RunConfig:
         names += [name for name in Stage.model_fields if name != "name"]
     return names
+
+
+def _model_at(path: tuple[str | int, ...]) -> type[BaseModel]:
+    """Return the model of the mapping at ``path``."""
+    model: type[BaseModel] = RunConfig
+    for part in path:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return model
+
+
+def _default(path: tuple[str | int, ...]) -> str | None:
+    """Return what holds where the key at ``path`` is left out, in YAML; None where it is needed, or no plain value.
+
+    Of a value in a list, it is the list's.
+    """
+    while path and isinstance(path[-1], int):
+        path = path[:-1]
+    if not path:
+        return None
+    field = _model_at(path[:-1]).model_fields.get(str(path[-1]))
+    value = None if field is None or field.is_required() else field.get_default()
+    return None if value is None or isinstance(value, BaseModel) else json.dumps(value)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

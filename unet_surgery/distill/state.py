@@ -39,7 +39,7 @@ from unet_surgery.distill.statefile import (
 )
 from unet_surgery.errors import OutputBusyError, OutputError, TrainingError, printable
 
-__all__ = ["CHECKPOINTS", "TrainingState", "load_state", "newest_state", "save_state", "state_folders"]
+__all__ = ["CHECKPOINTS", "TrainingState", "load_state", "newest_facts", "newest_state", "save_state", "state_folders"]
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,18 @@ def load_state(folder: Path, *, device: torch.device | str = "cpu") -> TrainingS
         raise TrainingError("the checkpoint is damaged", where=str(folder), found=str(error)) from error
     except OSError as error:
         raise _unreadable(folder, error) from error
+
+
+def newest_facts(run: Path) -> tuple[int, dict[str, Any]] | None:
+    """Return step and facts of the newest checkpoint, its tensors unread; None where there is none that says them.
+
+    Nothing is changed, and the tensors may be damaged: it is for a run that needs none of them.
+    """
+    for folder in state_folders(run)[-1:]:
+        with contextlib.suppress(OSError, DamagedError, TrainingError):
+            _, step, _, facts = _read_facts(folder)
+            return step, facts
+    return None
 
 
 def newest_state(run: Path, *, device: torch.device | str = "cpu") -> TrainingState | None:
@@ -202,7 +214,19 @@ def _read_manifest(folder: Path) -> dict[str, Stored]:
 
 
 def _read_state(folder: Path, device: torch.device) -> TrainingState:
-    """Read and compare everything in a checkpoint's folder.
+    """Read and compare everything in a checkpoint's folder; raises as :func:`_read_facts`."""
+    files, step, groups, facts = _read_facts(folder)
+    tensors = {}
+    for name, number in groups.items():
+        file = f"{name}.safetensors"
+        tensors[name] = read_group(str(folder / file), files[file], device)
+        if len(tensors[name]) != number:
+            raise DamagedError(f"{file} has {len(tensors[name])} tensors, not {printable(number)}")
+    return TrainingState(step, tensors, facts)
+
+
+def _read_facts(folder: Path) -> tuple[dict[str, Stored], int, dict[str, Any], dict[str, Any]]:
+    """Return what a checkpoint's JSON files say: the files, the step, the groups (name → tensors), the facts.
 
     Raises:
         DamagedError: it is not what was written.
@@ -238,13 +262,7 @@ def _read_state(folder: Path, device: torch.device) -> TrainingState:
     match = FOLDER.fullmatch(folder.name)
     if match is not None and int(match[1]) != step:
         raise DamagedError(f"it holds the state of step {step}")
-    tensors = {}
-    for name, number in groups.items():
-        file = f"{name}.safetensors"
-        tensors[name] = read_group(str(folder / file), files[file], device)
-        if len(tensors[name]) != number:
-            raise DamagedError(f"{file} has {len(tensors[name])} tensors, not {printable(number)}")
-    return TrainingState(step, tensors, facts)
+    return files, step, groups, facts
 
 
 def _read_text(path: Path, max_bytes: int, stored: Stored | None = None) -> bytes:

@@ -146,6 +146,14 @@ class _Construction:
                 raise ValueError
             return make(node.value)
         except ValueError:
+            if node.tag == "tag:yaml.org,2002:float":  # .nan, .inf
+                raise self.kind.error(
+                    "a number that is not finite",
+                    where=f"{self.file}:{self.marks[path][0]}:{self.marks[path][1]}",
+                    expected="a finite number",
+                    found=printable(node.value),
+                    hint="write one in digits, such as 1.0e-4",
+                ) from None
             raise self.kind.error(
                 "a value that is not text, a number, true, false or null",
                 where=f"{self.file}:{self.marks[path][0]}:{self.marks[path][1]}",

@@ -25,7 +25,7 @@ from unet_surgery.errors import MissingExtraError, TeacherError, VerificationErr
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Parts", "encode_prompts", "load_parts", "pixels_per_latent", "tokenize"]
+__all__ = ["Parts", "check_pipeline", "encode_prompts", "load_parts", "pixels_per_latent", "tokenize"]
 
 KINDS = {
     "text_encoder": ("CLIPTextModel",),
@@ -72,7 +72,7 @@ def load_parts(
     """
     torch, diffusers, transformers = _libraries()
     root = Path(folder)
-    _check_kinds(root)
+    check_pipeline(root)
     dtype = torch.float32 if dtype is None else dtype
     scheduler_config = read_object(root / "scheduler" / SCHEDULER_CONFIG)
     with _quiet(), torch.random.fork_rng(devices=[]):  # models are made with random weights first
@@ -132,8 +132,12 @@ def _libraries() -> tuple[Any, Any, Any]:
         ) from error
 
 
-def _check_kinds(root: Path) -> None:
-    """Refuse what is not a pipeline like SD v1's and v2's."""
+def check_pipeline(root: Path) -> None:
+    """Refuse what is not a pipeline like SD v1's and v2's, by its model_index.json.
+
+    Raises:
+        TeacherError: it is a U-Net alone, or another kind of pipeline.
+    """
     if not (root / INDEX).is_file():
         is_unet = (root / CONFIG).is_file() or (root / "unet").is_dir()
         raise TeacherError(
