@@ -17,6 +17,7 @@ import yaml
 from configs import CONFIGS
 from huggingface_hub import ModelCard
 from teachers import entries, folder_bytes, write_unet
+from warm import run_tool
 
 import unet_surgery
 from unet_surgery.checkpoint.licence import find_licence, is_licence_file
@@ -116,8 +117,7 @@ def test_the_command_of_a_card_makes_the_same_bytes(teacher: Path, tmp_path: Pat
     out = unet_surgery.prune("sdxs_512", teacher, tmp_path / "out", **options).folder
     (console,) = blocks(card_of(out).text, "console")
     words = shlex.split(console.removeprefix("$ ").replace("path/to/the/teacher", str(teacher)))
-    again = [sys.executable, "-m", "unet_surgery", *words[1:], "--out", str(tmp_path / "again")]
-    done = subprocess.run(again, cwd=out, capture_output=True, text=True)
+    done = run_tool([*words[1:], "--out", str(tmp_path / "again")], cwd=out)
     assert done.returncode == 0, done.stderr
     assert folder_bytes(tmp_path / "again") == folder_bytes(out)
 

@@ -14,6 +14,7 @@ import pytest
 from configs import CONFIGS
 from safetensors.numpy import save_file
 from teachers import WEIGHTS, entries, write_unet
+from warm import run_tool
 
 COMMANDS = [
     "inspect",
@@ -40,13 +41,7 @@ DATA_COMMANDS = ["ls", "get"]
 
 def tool(*words: str, cwd: Path | None = None, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
     """Run the command line and return (stdout, stderr); its exit code must be ``code``."""
-    result = subprocess.run(
-        [sys.executable, "-m", "unet_surgery", *words],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", **(env or {})},
-    )
+    result = run_tool(words, cwd=cwd, env={**os.environ, "COLUMNS": "200", **(env or {})})
     assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr or "--debug" in words
     return result.stdout, result.stderr

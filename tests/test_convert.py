@@ -186,7 +186,7 @@ class Training:
     """A class of somebody's trainer."""
 
 
-@pytest.mark.parametrize("form", ["zip", "old", "plain"])
+@pytest.mark.parametrize("form", ["zip", pytest.param("old", marks=pytest.mark.extra), "plain"])
 def test_code_is_named_and_not_run(form: str, tmp_path: Path) -> None:
     content = {"x": Payload(tmp_path / "hit")} if form == "plain" else {"a": W, "x": Payload(tmp_path / "hit")}
     if form == "plain":
@@ -390,7 +390,11 @@ def test_a_dead_child_leaves_nothing(code: str, message: str, tmp_path: Path, mo
     assert (tmp_path / "x.safetensors").read_text() == "the old one"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.extra), signal.SIGKILL],
+    ids=lambda n: n.name,
+)
 def test_signals_leave_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """The real command, stopped while its child reads a FIFO in the place of what it imports: slow as a disk can be."""
     torch.save({"a": W}, tmp_path / "x.pt")

@@ -49,9 +49,11 @@ def counted(config: dict[str, Any]) -> tuple[int, int]:
 
 # a cross_attention_dim by stage has no single context to feed, so diffusers itself cannot run that config
 RUNNABLE = sorted(name for name in ALL if isinstance(ALL[name]["cross_attention_dim"], int))
+SLOW = {"full-sdxl", "full-sd2", "full-sd2-768"}
+EXTRA = pytest.mark.extra
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=EXTRA if name in SLOW else ()) for name in RUNNABLE])
 def test_macs_are_torchs(name: str) -> None:
     counts = count(build(parse_config(ALL[name])))
     assert (counts.macs, counts.macs_all) == counted(ALL[name])

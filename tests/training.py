@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from warm import run_tool
 
 import unet_surgery as us
 
@@ -78,9 +79,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_command(*words: str, timeout: float = 240, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words), env=environment(**more), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return run_tool(words, env=environment(**more), timeout=timeout)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,167 @@
+"""Command lines in children of a process that has imported torch and its kin already: seconds become milliseconds.
+
+A command line here is what it is for a user (a process of its own with its arguments, folder, environment and exit
+code), but for Python's start and the imports. Those cost most of what many tests do, and a test of what is imported, or
+of what the environment changes at import, must start a process of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+__all__ = ["run_tool"]
+
+AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "PYTEST_CURRENT_TEST"}
+"""What is looked up when a command runs; another value of anything else needs an interpreter of its own."""
+GIVEN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+"""What every command gets here, asked for or not."""
+IMPORTS = [
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "rich.progress",
+    "rich.table",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "unet_surgery.api",
+    "unet_surgery.cli.main",
+    "unet_surgery.data.cache",
+    "unet_surgery.distill.dryrun",
+    "unet_surgery.distill.findbatch",
+    "unet_surgery.distill.run",
+    "unet_surgery.runtime.verify",
+]
+
+
+def run_tool(
+    words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run ``unet-surgery WORDS`` with no input, as :func:`subprocess.run` does; ``env`` is the whole environment."""
+    env = dict(os.environ if env is None else env)
+    command = [sys.executable, "-m", "unet_surgery", *words]
+    if not _differing(env) <= AT_RUN_TIME:
+        return subprocess.run(
+            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        job = {"words": list(words), "cwd": os.fspath(cwd or Path.cwd()), "env": env, "timeout": timeout}
+        code = _server().ask(job, out.fileno(), err.fileno())
+        texts = [os.pread(f.fileno(), os.fstat(f.fileno()).st_size, 0).decode() for f in (out, err)]
+    if code == -signal.SIGALRM:
+        raise subprocess.TimeoutExpired(command, timeout, *texts)
+    return subprocess.CompletedProcess(command, code, *texts)
+
+
+def _differing(env: Mapping[str, str]) -> set[str]:
+    ours = _server().env
+    names = env.keys() | (ours.keys() - GIVEN.keys())
+    return {name for name in names if env.get(name) != ours.get(name)}
+
+
+class _Server:
+    """The process that has imported everything; ``env`` is the environment that it did so in."""
+
+    def __init__(self) -> None:
+        self.env = {**os.environ, **GIVEN}
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            words = [sys.executable, __file__, str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                words, env=self.env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        self._answers = self._socket.makefile("r")
+        atexit.register(self.close)
+
+    def ask(self, job: Mapping[str, object], *fds: int) -> int:
+        data = json.dumps(job).encode()
+        socket.send_fds(self._socket, [len(data).to_bytes(4)], fds)
+        self._socket.sendall(data)
+        answer = self._answers.readline()
+        if not answer:
+            raise RuntimeError(f"what runs the commands has ended: {self._process.wait()}; try its imports by hand")
+        return int(answer)
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+# --- the other side ---------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: socket.socket) -> dict[str, object]:
+    """Fork a child for every job; return, in the child, its job."""
+    while True:
+        size, fds, _, _ = socket.recv_fds(connection, 4, 2)
+        if not size:
+            os._exit(0)
+        data = bytearray()
+        while len(data) < int.from_bytes(size):
+            data += connection.recv(1 << 20)
+        job = json.loads(data)
+        pid = os.fork()
+        if pid == 0:
+            for number, fd in enumerate(fds, 1):
+                os.dup2(fd, number)
+                os.close(fd)
+            connection.close()
+            return job
+        for fd in fds:
+            os.close(fd)
+        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _become(job: Mapping[str, object]) -> None:
+    """Be what a new process would be."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(str(job["cwd"]))
+    os.environ.clear()
+    os.environ.update(job["env"])  # type: ignore[call-overload]
+    sys.path[0] = os.getcwd()
+    sys.argv = ["unet-surgery", *job["words"]]  # type: ignore[misc]
+    signal.setitimer(signal.ITIMER_REAL, float(job["timeout"]))  # type: ignore[arg-type]
+
+
+def _run_main() -> int:
+    """Run the command; return its exit code. Taking the interpreter down would take longer than most commands."""
+    from unet_surgery.cli.main import main
+
+    code: object = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+if __name__ == "__main__":
+    import importlib
+
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.freeze()  # what is there need not be walked, and so copied, in every child
+    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    os._exit(_run_main())
