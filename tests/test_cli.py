@@ -30,6 +30,7 @@ COMMANDS = [
     "cache",
     "generate",
     "score",
+    "bench",
     "stats",
     "report",
     "doctor",
