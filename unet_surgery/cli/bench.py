@@ -15,7 +15,7 @@ from unet_surgery.errors import OutputBusyError, OutputError, UsageError, printa
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from unet_surgery.evaluate.benchresult import BenchReport, BenchRow
+    from unet_surgery.evaluate.benchresult import BenchReport, BenchRow, PictureTime
     from unet_surgery.evaluate.timing import Spread
 
 __all__ = ["bench"]
@@ -187,45 +187,54 @@ def _tables(report: BenchReport) -> list[Table | str]:
         cells = [_cells(row) for row in rows]
         filled = [name for name in cells[0] if any(cell[name] != NOTHING for cell in cells)]
         caption = _caption(rows[0])
+        if len({row.latent for row in rows}) == 1:
+            filled.remove("latent")
+            caption += f", latents {cells[0]['latent']}"
         lines = [[cell[name] for name in filled] for cell in cells]
         parts += [caption, table(filled, lines, right=range(1, len(filled)))]
     return parts
 
 
 def _cells(row: BenchRow) -> dict[str, str]:
-    picture = row.picture_s
+    from unet_surgery.lower import quantity
+
+    failed = row.failed if row.unet_ms is None and row.failed else None
     return {
         "U-Net": row.model,
-        "parameters": f"{row.parameters:,}",
-        "conv+lin": _giga(row.macs_conv_linear),
+        "params": quantity(row.parameters),
+        "MACs": _giga(row.macs_conv_linear),
         "all MACs": _giga(row.macs_all),
         "latent": f"{row.latent[0]}×{row.latent[1]}",
-        "forward, ms": row.failed if row.unet_ms is None and row.failed else _spread(row.unet_ms),
+        "forward, ms": failed or _spread(row.unet_ms),
         "guided, ms": _spread(row.guided_ms),
-        "picture, s": NOTHING if picture is None else f"{picture.median:.3g} ({picture.low:.3g}–{picture.high:.3g})",
+        "picture, s": _spread(row.picture_s),
         "memory": NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f} MB",
         "of peak": NOTHING if row.flop_share is None else f"{row.flop_share:.0%}",
         "ratio": _ratio(row),
     }
 
 
-def _spread(found: Spread | None) -> str:
-    return NOTHING if found is None else f"{found.median:.4g} ({found.low:.4g}–{found.high:.4g})"
+def _spread(found: Spread | PictureTime | None) -> str:
+    return NOTHING if found is None else f"{_short(found.median)} ({_short(found.low)}–{_short(found.high)})"
+
+
+def _short(number: float) -> str:
+    """Return three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _ratio(row: BenchRow) -> str:
     if row.ratio_to_first is None:
         return NOTHING
-    is_itself = row.ratio_interval is None or row.ratio_interval[0] == row.ratio_interval[1] == 1
-    mark = "" if row.ratio_is_clear or (is_itself and row.ratio_to_first == 1) else "?"
-    return f"{row.ratio_to_first:.3g}{mark}"
+    return f"{row.ratio_to_first:.3g}" + ("?" if row.ratio_is_clear is False else "")
 
 
 def _machine(report: BenchReport) -> str:
     machine = report.machine
     rates = [f"{name} {rate:.3g}" for name, rate in machine["matmul_tflops"].items() if rate is not None]
-    parts = [machine["device"], machine["cpu"], f"{machine['threads']} threads", f"torch {machine['torch']}"]
-    return ", ".join(map(str, parts)) + (f"; matrix product, TFLOP/s: {', '.join(rates)}" if rates else "")
+    threads = f"{machine['threads']} thread" + ("" if machine["threads"] == 1 else "s")
+    parts = (machine["device"], machine["cpu"], threads, f"torch {machine['torch']}")
+    return ", ".join(parts) + (f"; matrix product, TFLOP/s: {', '.join(rates)}" if rates else "")
 
 
 def _caption(row: BenchRow) -> str:
@@ -242,11 +251,7 @@ def _tell(report: BenchReport, *, quiet: bool) -> None:
             say(f"note: {row.model}, {row.dtype}, batch {row.batch}: {row.failed}")
     if quiet:
         return
-    if any(row.ratio_interval is not None and not row.ratio_is_clear for row in report.rows if not _is_first(row)):
+    if any(row.ratio_is_clear is False for row in report.rows):
         say("note: a ratio with a question mark is lost in the noise: more --rounds, or a machine that does less else")
     if len({row.latent for row in report.rows}) > 1:
         say("note: the models are of different latent sizes, and are not compared; --latent gives them one")
-
-
-def _is_first(row: BenchRow) -> bool:
-    return row.ratio_interval == (1.0, 1.0)

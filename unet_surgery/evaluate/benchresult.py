@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from unet_surgery.evaluate.benchmodels import BenchModel
-from unet_surgery.evaluate.timing import Ratio, Spread
+from unet_surgery.evaluate.timing import Spread
 from unet_surgery.version import __version__
 
 __all__ = ["BENCH_FORMAT", "BenchReport", "BenchRow", "BenchSettings", "PictureTime"]
@@ -95,12 +95,6 @@ class BenchRow:
         """Return what is known of a model without running it."""
         counts = model.counts
         return cls(model.name, counts.params, counts.macs, counts.macs_all, model.latent)
-
-    def compared(self, found: Ratio) -> BenchRow:
-        """Return this row with its ratio to the first."""
-        return replace(
-            self, ratio_to_first=found.value, ratio_interval=found.interval, ratio_is_clear=found.is_clear
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from unet_surgery.evaluate.benchparts import PartConfigs, find_parts, load_all_p
 from unet_surgery.evaluate.benchresult import BenchReport, BenchRow, BenchSettings, PictureTime
 from unet_surgery.evaluate.drawers import DTYPES
 from unet_surgery.evaluate.matmul import matmul_flops
-from unet_surgery.evaluate.peak import CPU_PEAK, CUDA_PEAK, Peak, cpu_peak, cuda_peak, network_bytes
+from unet_surgery.evaluate.peak import CPU_PEAK, CUDA_PEAK, Peak, cpu_peaks, cuda_peak, network_bytes
 from unet_surgery.evaluate.timing import Spread, Timed, interleaved, ratio, spread
 from unet_surgery.evaluate.why import OUT_OF_MEMORY, why_not
 from unet_surgery.runtime.machine import available_bytes, cpu_name
@@ -80,7 +80,8 @@ def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Pro
     rates = {dtype: matmul_flops(device, DTYPES[dtype], settle) for dtype in dtypes}
     calls = (settings.rounds + settings.warm_up) * (2 if settings.is_guided else 1)
     calls += settings.pictures + PICTURE_WARM_UP if drawing else 0
-    counter = _Counter(len(models) * len(dtypes) * len(settings.batches) * calls, progress)
+    each = len(settings.batches) * calls + _asks_processes(settings, device)
+    counter = _Counter(len(models) * len(dtypes) * each, progress)
     rows: list[BenchRow] = []
     for dtype in dtypes:
         entries = [_Entry(model, config) for model, config in zip(models, configs, strict=True)]
@@ -106,7 +107,7 @@ class _OneDtype:
 
     def rows(self) -> list[BenchRow]:
         """Load all, time all, and return the rows, batch after batch."""
-        if self.settings.memory and self.device.type == "cpu":
+        if _asks_processes(self.settings, self.device):
             self._find_cpu_peaks()
         loaded: dict[int, Parts] = {}
         for entry in self.entries:
@@ -119,14 +120,13 @@ class _OneDtype:
         return 2 * batch if self.settings.is_guided else batch
 
     def _find_cpu_peaks(self) -> None:
+        samples = {batch: self._samples(batch) for batch in self.settings.batches}
         for entry in self.entries:
-            for batch in self.settings.batches:
-                entry.peaks[batch] = cpu_peak(
-                    entry.model,
-                    dtype=self.dtype,
-                    batch=self._samples(batch),
-                    channels_last=self.settings.channels_last,
-                )
+            peaks = cpu_peaks(
+                entry.model, list(samples.values()), dtype=self.dtype, channels_last=self.settings.channels_last
+            )
+            entry.peaks = {batch: peaks[count] for batch, count in samples.items()}
+            self.counter.add()
 
     def _load(self, entry: _Entry, loaded: dict[int, Parts]) -> None:
         settings, dtype = self.settings, DTYPES[self.dtype]
@@ -198,9 +198,7 @@ class _OneDtype:
         rows = []
         for k, entry in enumerate(self.entries):
             row = self._row(entry, batch, once[k], twice[k], drawn[k])
-            if once[k].failed is None and once[0].failed is None and entry.model.latent == self.entries[0].model.latent:
-                row = row.compared(ratio(once[k].seconds, once[0].seconds))
-            rows.append(row)
+            rows.append(row if entry.model.latent != self.entries[0].model.latent else _compared(row, once[k], once[0]))
         return rows
 
     def _pass(
@@ -305,6 +303,16 @@ def _lazily(call_of: Callable[[_Entry], Callable[[], object]], entry: _Entry) ->
     return call
 
 
+def _compared(row: BenchRow, timed: Timed, first: Timed) -> BenchRow:
+    """Return a row with its ratio to the first; to itself that is 1, and no measurement."""
+    if timed.failed is not None or first.failed is not None:
+        return row
+    if timed is first:
+        return replace(row, ratio_to_first=1.0)
+    found = ratio(timed.seconds, first.seconds)
+    return replace(row, ratio_to_first=found.value, ratio_interval=found.interval, ratio_is_clear=found.is_clear)
+
+
 def _milliseconds(timed: Timed) -> Spread | None:
     return None if timed.failed or not timed.seconds else spread([1000 * seconds for seconds in timed.seconds])
 
@@ -317,6 +325,11 @@ def _what_failed(once: Timed, twice: Timed, drawn: Timed) -> str | None:
 
 
 # -- the device --------------------------------------------------------------------------------------------------------
+
+
+def _asks_processes(settings: BenchSettings, device: torch.device) -> bool:
+    """True if a process of its own for each model says what memory it takes."""
+    return settings.memory and device.type == "cpu"
 
 
 def _settling(device: torch.device) -> Callable[[], None]:

@@ -15,9 +15,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from unet_surgery.errors import printable
 from unet_surgery.evaluate.benchmodels import BenchModel
 from unet_surgery.evaluate.why import OUT_OF_MEMORY
 
-__all__ = ["CPU_PEAK", "CUDA_PEAK", "Peak", "cpu_peak", "cuda_peak", "network_bytes", "read_peak"]
+__all__ = ["CPU_PEAK", "CUDA_PEAK", "Peak", "cpu_peaks", "cuda_peak", "network_bytes", "read_peaks"]
 
 CUDA_PEAK = "torch's CUDA allocator: weights and the most that a forward adds"
 CPU_PEAK = "rise of a fresh process's resident memory: weights and an eager forward"
@@ -55,13 +54,13 @@ def cuda_peak(call: Callable[[], object], own_bytes: int, device: torch.device) 
     return int(torch.cuda.max_memory_allocated(device)) - int(before) + own_bytes
 
 
-def cpu_peak(model: BenchModel, *, dtype: str, batch: int, channels_last: bool) -> Peak:
-    """Run one forward of ``batch`` samples in a process of its own; return by how much its memory rose."""
+def cpu_peaks(model: BenchModel, samples: Sequence[int], *, dtype: str, channels_last: bool) -> dict[int, Peak]:
+    """Run one forward of each number of ``samples`` in a process of its own; return by how much its memory rose."""
     wanted = {
         "config": dict(model.config),
         "dtype": dtype,
         "latent": list(model.latent),
-        "batch": batch,
+        "samples": sorted(samples),  # a high-water mark does not fall
         "channels_last": channels_last,
         "threads": torch.get_num_threads(),
     }
@@ -78,21 +77,17 @@ def cpu_peak(model: BenchModel, *, dtype: str, batch: int, channels_last: bool) 
         if child.poll() is None:  # interrupted: nothing goes on behind the user's back
             child.kill()
             child.communicate()
-    return read_peak(child.returncode, output, complaints)
+    return read_peaks(sorted(samples), child.returncode, output, complaints)
 
 
-def read_peak(status: int, output: bytes, complaints: bytes) -> Peak:
-    """Return what the other process said, or what became of it."""
-    if status < 0:
-        return Peak(failed=f"{OUT_OF_MEMORY}: the system ended the process (signal {-status})")
-    try:
-        report: Any = json.loads(output) if status == 0 else None
-    except ValueError:
-        report = None
-    if not isinstance(report, dict):
-        last = complaints.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        return Peak(failed=printable(last) or f"the process that measures memory ended with status {status}")
-    return Peak(report.get("bytes"), report.get("failed"))
+def read_peaks(samples: Sequence[int], status: int, output: bytes, complaints: bytes) -> dict[int, Peak]:
+    """Return what the other process said, a line for each of ``samples``; for the rest, what became of it."""
+    last = complaints.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    killed = f"{OUT_OF_MEMORY}: the system ended the process (signal {-status})"
+    rest = Peak(failed=killed if status < 0 else printable(last) or f"the process ended with status {status}")
+    lines = output.split(b"\n")[:-1]  # the last one is empty, or was cut off
+    said = [Peak(**json.loads(line)) for line in lines[: len(samples)]]
+    return dict(zip(samples, [*said, *[rest] * (len(samples) - len(said))], strict=True))
 
 
 def _path() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,22 +17,24 @@ from unet_surgery.evaluate.benchnets import forward, random_unet
 from unet_surgery.evaluate.drawers import DTYPES
 from unet_surgery.evaluate.why import why_not
 
-__all__ = ["main", "rise"]
+__all__ = ["main", "rises"]
 
 
-def rise(wanted: dict[str, Any]) -> int | None:
-    """Run what is ``wanted``; return the rise in bytes, None where the system does not tell."""
+def rises(wanted: dict[str, Any]) -> Iterator[int | None]:
+    """Make the U-Net, run it with each number of samples, and yield the rise after each; None: the system is silent."""
     torch.set_num_threads(wanted["threads"])
     before, mark = _memory("VmRSS"), _memory("VmHWM")
     unet = random_unet(wanted["config"], torch.device("cpu"), DTYPES[wanted["dtype"]]).eval().requires_grad_(False)
     if wanted["channels_last"]:
         unet = unet.to(memory_format=torch.channels_last)
     height, width = wanted["latent"]
-    forward(unet, (height, width), wanted["batch"], channels_last=wanted["channels_last"])()
-    after, high = _memory("VmRSS"), _memory("VmHWM")
-    if before is None or mark is None or after is None or high is None:
-        return None
-    return max(after, high if high > mark else 0) - before  # an old mark is of loading the libraries
+    for samples in wanted["samples"]:
+        forward(unet, (height, width), samples, channels_last=wanted["channels_last"])()
+        after, high = _memory("VmRSS"), _memory("VmHWM")
+        if before is None or mark is None or after is None or high is None:
+            yield None
+        else:
+            yield max(after, high if high > mark else 0) - before  # an old mark is of loading the libraries
 
 
 def _memory(key: str) -> int | None:
@@ -45,13 +48,18 @@ def _memory(key: str) -> int | None:
 
 
 def main() -> None:
-    """Answer on stdout, in JSON."""
+    """Answer on stdout: a line of JSON for each number of samples, at once, for the next may be the end."""
     wanted = json.load(sys.stdin)
     try:
-        answer: dict[str, int | str | None] = {"bytes": rise(wanted)}
+        for num_bytes in rises(wanted):
+            _say({"num_bytes": num_bytes})
     except RuntimeError as error:
-        answer = {"failed": why_not(error)}
-    sys.stdout.write(json.dumps(answer))
+        _say({"failed": why_not(error)})
+
+
+def _say(answer: dict[str, int | str | None]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
