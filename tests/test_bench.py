@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from paper import write_paper_student
 from teachers import write_unet
 from test_cli import loaded, main_with, tool
-from test_published import STUDENTS, TEACHERS, giga
+from test_published import STUDENTS, TEACHERS, giga, plan_of
 
 import unet_surgery as us
 from unet_surgery.checkpoint.bundled import bundled_folder
@@ -35,6 +35,7 @@ from unet_surgery.evaluate.benchresult import BenchReport
 from unet_surgery.evaluate.matmul import matmul_flops
 from unet_surgery.evaluate.timing import Ratio, interleaved, ratio, spread
 from unet_surgery.evaluate.why import OUT_OF_MEMORY, why_not
+from unet_surgery.recipe import load_recipe
 from unet_surgery.results.formats import Bench
 from unet_surgery.runtime.load import load_unet
 
@@ -171,7 +172,6 @@ def test_the_matrix_product_is_the_clocks() -> None:
 
 # -- counting ----------------------------------------------------------------------------------------------------------
 
-FAMILY_OF = {"sd1": "sd-v1-base", "sd2": "sd-v2-base", "sd2-768": "sd-v2-768"}
 NAMES = {"sd1": "sd-v1-random", "sd2": "sd-v2-random", "sd2-768": "sd-v2-768-random", "sdxl": "sdxl-random"}
 
 
@@ -180,7 +180,7 @@ def test_the_command_has_the_published_counts(tmp_path: Path) -> None:
     plans = []
     for recipe, teacher, *_ in STUDENTS:
         plans.append(tmp_path / f"{recipe}-{teacher}.json")
-        plans[-1].write_text(us.plan(recipe, NAMES[teacher]).to_json())
+        plans[-1].write_text(plan_of(load_recipe(recipe), teacher).to_json())
     out, _ = tool("bench", *(NAMES[t[0]] for t in TEACHERS), *map(str, plans), "--no-run", "--json")
     rows = json.loads(out)["rows"]
     known = [(t[1], t[3], t[4]) for t in TEACHERS] + [(s[2], s[4], s[5]) for s in STUDENTS]
@@ -533,7 +533,7 @@ def test_torch_compiles_every_model_at_every_size(unet_folders: dict[str, Path])
         ({"models": []}, "no model"),
         ({"models": [""]}, "empty text"),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
 def test_wrong_arguments(options: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchrun, "load_network", _never)
