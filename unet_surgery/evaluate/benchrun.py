@@ -64,7 +64,8 @@ class _Counter:
 
     def add(self, count: int = 1) -> None:
         self.done += count
-        self.progress(self.done, self.total)
+        if count:
+            self.progress(self.done, self.total)
 
 
 def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Progress) -> BenchReport:
