@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unet_surgery.runtime.machine import cpu_name
+
 __all__ = ["TOOL", "Run", "machine", "median_line", "run"]
 
 TOOL = str(Path(sys.executable).with_name("unet-surgery"))
@@ -50,11 +52,5 @@ def median_line(label: str, runs: Sequence[Run], reference: Sequence[Run] | None
 
 def machine() -> str:
     """Return what the numbers were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0))
-    return f"{cpu}, {cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return f"{cpu_name()}, {cores} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"

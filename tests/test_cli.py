@@ -31,6 +31,7 @@ COMMANDS = [
     "cache",
     "generate",
     "score",
+    "bench",
     "stats",
     "report",
     "doctor",

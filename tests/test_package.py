@@ -43,6 +43,8 @@ def test_public_names_are_complete_and_resolve() -> None:
         "get_data",
         "LatentCache",
         "score",
+        "bench",
+        "BenchReport",
         "ScoreReport",
         "make_statistics",
         "add_scores",

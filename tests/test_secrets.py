@@ -46,6 +46,8 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["cache", "nothing", "-m", "tiny-random", "-o", "latents"], 3),
     (["generate", "teacher", "-p", "a circle", "-o", "pictures"], 2),
     (["score", "nothing"], 2),
+    (["bench", "nothing"], 3),
+    (["bench", "teacher", "--no-run", "--json"], 0),
     (["score", "nothing", "-m", "is"], 3),
     (["stats", "nothing", "-o", "stats.npz"], 3),
     (["report", "out", "-o", "report.html"], 0),

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from unet_surgery.data.get import DataResult, get_data
     from unet_surgery.data.latents import LatentCache
     from unet_surgery.errors import SurgeryError
+    from unet_surgery.evaluate.bench import bench
+    from unet_surgery.evaluate.benchresult import BenchReport
     from unet_surgery.evaluate.generate import GenerateResult, generate
     from unet_surgery.evaluate.metrics import ScoreReport
     from unet_surgery.evaluate.reference import make_statistics
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from unet_surgery.runtime import ConvertResult, VerifyReport, convert, load_unet, verify
 
 _HOMES = {
+    "BenchReport": "unet_surgery.evaluate.benchresult",
     "CacheResult": "unet_surgery.data.cache",
     "CheckReport": "unet_surgery.checkpoint.check",
     "ExportResult": "unet_surgery.api",
@@ -71,6 +74,7 @@ _HOMES = {
     "TransplantResult": "unet_surgery.api",
     "VerifyReport": "unet_surgery.runtime",
     "add_scores": "unet_surgery.checkpoint.scorecard",
+    "bench": "unet_surgery.evaluate.bench",
     "check": "unet_surgery.api",
     "controlnet": "unet_surgery.api",
     "convert": "unet_surgery.runtime",
@@ -93,6 +97,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BenchReport",
     "CacheResult",
     "CheckReport",
     "ControlNetResult",
@@ -113,6 +118,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "add_scores",
+    "bench",
     "check",
     "controlnet",
     "convert",

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unet_surgery import __version__
+from unet_surgery.cli.bench import bench
 from unet_surgery.cli.cache import cache
 from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
@@ -73,6 +74,7 @@ app.command()(cache)
 app.command()(report)
 app.command()(generate)
 app.command()(score)
+app.command()(bench)
 app.command()(stats)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")

@@ -37,6 +37,7 @@ from unet_surgery.distill.setup import Base, open_base, set_up
 from unet_surgery.distill.trainer import StageTrainer
 from unet_surgery.distill.world import World, join_world
 from unet_surgery.errors import TrainingError, UsageError, printable
+from unet_surgery.runtime.machine import available_bytes as memory_of
 
 __all__ = ["MEMORY_SHARE", "Found", "Trial", "available_bytes", "find_batch"]
 
@@ -148,15 +149,10 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     Raises:
         TrainingError: the system does not say.
     """
-    try:
-        lines = meminfo.read_text("ascii").splitlines()
-    except OSError as error:
-        raise TrainingError("the system does not say how much memory is free", where=str(meminfo)) from error
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    raise TrainingError("the system does not say how much memory is free", where=f"{meminfo}, MemAvailable")
+    found = memory_of(meminfo)
+    if found is None:
+        raise TrainingError("the system does not say how much memory is free", where=f"{meminfo}, MemAvailable")
+    return found
 
 
 def _heaviest(config: RunConfig) -> tuple[int, Stage]:

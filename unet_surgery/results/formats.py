@@ -150,18 +150,28 @@ class Span(_Read):
 
 
 class BenchRow(_Read):
+    """A model in a setting; one that was only counted has no setting, and one that failed says why."""
+
     model: Text
     parameters: Count
     macs_conv_linear: Count | None = None
     macs_all: Count | None = None
     latent: Annotated[list[Side], Field(min_length=2, max_length=2)]
-    dtype: Text
-    batch: Side
+    dtype: Text | None = None
+    batch: Side | None = None
     compile: bool = False
-    unet_ms: Span
+    unet_ms: Span | None = None
     picture_s: dict[str, Any] | None = None
     peak_bytes: Count | None = None
     ratio_to_first: Positive | None = None
+    ratio_is_clear: bool | None = None
+    failed: Text | None = None
+
+    @property
+    def median(self) -> float:
+        """Milliseconds of a forward; of a row that has been timed."""
+        assert self.unet_ms is not None
+        return self.unet_ms.median
 
 
 class Bench(_Read):

@@ -117,7 +117,7 @@ def time_plots(groups: Sequence[ScoreGroup], benches: Sequence[Bench], *, headin
     alone: set[tuple[str, str]] = set()
     for bench in benches:
         for setting in dict.fromkeys(map(setting_of, bench.rows)):
-            rows = [row for row in bench.rows if setting_of(row) == setting]
+            rows = [row for row in bench.rows if setting_of(row) == setting and row.unet_ms is not None]
             where = f"{machine_words(bench)}; {setting}"
             for group in groups:
                 for k, column in enumerate(group.columns):
@@ -175,7 +175,7 @@ def _of(model: PublishedModel, metric: str, x: float, x_text: str) -> _Placed:
 
 def _published_timed(metric: str, rows: Sequence[BenchRow]) -> list[_Placed]:
     return [
-        _of(model, metric, row.unet_ms.median, f"{row.unet_ms.median:.4g}, as {row.model}")
+        _of(model, metric, row.median, f"{row.median:.4g}, as {row.model}")
         for model in MODELS
         if metric in model.scores
         for row in rows
@@ -188,7 +188,7 @@ def _timed(group: ScoreGroup, column: int, rows: Sequence[BenchRow]) -> list[_Pl
     for row in group.rows:
         found = _time_of(row, rows) if column in row.cells else None
         if found is not None:
-            median = found.unet_ms.median
+            median = found.median
             whose = "" if found.model in _names_of(row) else f", as {found.model}"
             placed.append(_own(row, column, median, f"{median:.4g}{whose}"))
     return placed

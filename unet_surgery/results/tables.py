@@ -211,8 +211,10 @@ def published_table(*, heading: str) -> Table:
 
 def setting_of(row: BenchRow) -> str:
     """Return in words what a time depends on beside the model."""
-    size = f"latent {row.latent[0]}×{row.latent[1]}, {row.dtype}, batch {row.batch}"
-    return size + (", compiled" if row.compile else "")
+    size = f"latent {row.latent[0]}×{row.latent[1]}"
+    if row.dtype is None or row.batch is None:
+        return f"{size}, counted only"
+    return f"{size}, {row.dtype}, batch {row.batch}" + (", compiled" if row.compile else "")
 
 
 def machine_words(bench: Bench) -> str:
@@ -231,35 +233,51 @@ def bench_sections(benches: Sequence[Bench], *, heading: str) -> list[Table | Ba
         for setting in settings:
             rows = [row for row in bench.rows if setting_of(row) == setting]
             caption = f"{machine_words(bench)}; {setting}"
-            sections += [_times(rows, heading, caption), _bench_table(rows, heading)]
+            timed = [row for row in rows if row.unet_ms is not None]
+            sections += [_times(timed, heading, caption)] if timed else []
+            sections.append(_bench_table(rows, heading, "" if timed else caption))
     return sections
 
 
 def _times(rows: Sequence[BenchRow], heading: str, caption: str) -> Bars:
     bars = [
-        Bar(row.model, row.unet_ms.median, f"{row.unet_ms.median:.4g} ms", row.unet_ms.low, row.unet_ms.high)
+        Bar(row.model, span.median, f"{span.median:.4g} ms", span.low, span.high)
         for row in rows
+        if (span := row.unet_ms) is not None
     ]
     return Bars(heading, bars, note="One forward of the U-Net: the median, and how the runs spread.", caption=caption)
 
 
-def _bench_table(rows: Sequence[BenchRow], heading: str) -> Table:
+def _bench_table(rows: Sequence[BenchRow], heading: str, caption: str) -> Table:
     cells = [
         (
             row.model,
             f"{row.parameters:,}",
             NOTHING if row.macs_all is None else _amount(row.macs_all),
-            f"{row.unet_ms.median:.4g} ({row.unet_ms.low:.4g} to {row.unet_ms.high:.4g})",
+            _forward(row),
             _median(row.picture_s),
             NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}\u00a0MB",
-            NOTHING if row.ratio_to_first is None else f"{row.ratio_to_first:.3g}",
+            _ratio(row),
         )
         for row in rows
     ]
     columns = (
         "network", "parameters", "MACs, all", "a forward, ms", "a picture, s", "peak memory", "ratio to the first",
     )  # fmt: skip
-    return Table(heading, columns, cells)
+    doubtful = any(row.ratio_is_clear is False for row in rows)
+    note = "A ratio with a question mark is lost in the noise of its measurement." if doubtful else ""
+    return Table(heading, columns, cells, note=note, caption=caption)
+
+
+def _forward(row: BenchRow) -> str:
+    span = row.unet_ms
+    return row.failed or NOTHING if span is None else f"{span.median:.4g} ({span.low:.4g} to {span.high:.4g})"
+
+
+def _ratio(row: BenchRow) -> str:
+    if row.ratio_to_first is None:
+        return NOTHING
+    return f"{row.ratio_to_first:.3g}" + ("?" if row.ratio_is_clear is False else "")
 
 
 def _median(picture: Mapping[str, object] | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unet_surgery.api import check, no_progress
 from unet_surgery.checkpoint.check import CheckReport
@@ -12,6 +12,7 @@ from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.header import MAX_HEADER_BYTES
 from unet_surgery.errors import VerificationError, first_few
 from unet_surgery.lower import CONTEXT_TOKENS
+from unet_surgery.runtime.inputs import context_width, further_conditions
 from unet_surgery.runtime.load import load_unet
 
 if TYPE_CHECKING:
@@ -67,24 +68,12 @@ def forward_once(unet: UNet2DConditionModel) -> torch.Tensor:
     side = 2 ** len(config.block_out_channels)
     noise = torch.Generator().manual_seed(0)
     unet = unet.float().eval()
-    context = config.cross_attention_dim
-    width = context if isinstance(context, int) else max(context)
-    inputs: dict[str, Any] = {}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-    if config.num_class_embeds is not None or config.class_embed_type == "timestep":
-        inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
-    elif config.class_embed_type in ("projection", "simple_projection"):
-        inputs["class_labels"] = torch.zeros(1, config.projection_class_embeddings_input_dim)
-    elif config.class_embed_type == "identity":
-        inputs["class_labels"] = torch.zeros(1, unet.time_embedding.linear_2.out_features)
     with torch.no_grad():
         output = unet(
             torch.randn(1, config.in_channels, side, side, generator=noise),
             torch.tensor(500),
-            encoder_hidden_states=torch.randn(1, CONTEXT_TOKENS, width, generator=noise),
-            **inputs,
+            encoder_hidden_states=torch.randn(1, CONTEXT_TOKENS, context_width(config), generator=noise),
+            **further_conditions(unet, 1),
         ).sample
     assert isinstance(output, torch.Tensor)
     return output

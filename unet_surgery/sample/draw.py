@@ -109,15 +109,16 @@ def draw_batch(
     unet: Any,
     parts: Parts,
     how: Sampling,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | torch.Tensor,
     indices: Sequence[int],
     noise: Sequence[torch.Generator] | torch.Tensor,
     source: Source | None = None,
 ) -> NDArray[np.uint8]:
     """Draw a picture of each prompt, all at once: uint8 [B, height, width, 3].
 
-    ``noise`` is a generator a picture, or, for schedulers that draw none between steps, the start noise itself.
-    The U-Net is in evaluation mode, and no graph is wanted: callers see to both. ``indices`` are for messages.
+    ``prompts`` may be token ids [B, T]. ``noise`` is a generator a picture, or, for schedulers that draw none between
+    steps, the start noise itself. The U-Net is in evaluation mode, and no graph is wanted: callers see to both.
+    ``indices`` are for messages.
 
     Raises:
         VerificationError: a picture's latents or pixels are not finite.
