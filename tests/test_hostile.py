@@ -12,7 +12,7 @@ from hostile import ACCEPTED, CASES, Case, Launcher, judge
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
+    with Launcher(is_warm=True) as launcher:
         yield launcher
 
 

@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-__all__ = ["run_tool"]
+__all__ = ["become", "run_main", "run_tool"]
 
 AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "PYTEST_CURRENT_TEST"}
 """What is looked up when a command runs; another value of anything else needs an interpreter of its own."""
@@ -106,7 +107,7 @@ def _server() -> _Server:
 # --- the other side ---------------------------------------------------------------------------------------------------
 
 
-def _serve(connection: socket.socket) -> dict[str, object]:
+def _serve(connection: socket.socket) -> dict[str, Any]:
     """Fork a child for every job; return, in the child, its job."""
     while True:
         size, fds, _, _ = socket.recv_fds(connection, 4, 2)
@@ -128,18 +129,17 @@ def _serve(connection: socket.socket) -> dict[str, object]:
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
-def _become(job: Mapping[str, object]) -> None:
-    """Be what a new process would be."""
+def become(words: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
+    """Make of this process, a child that was forked, what a new one would be."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.chdir(str(job["cwd"]))
+    os.chdir(cwd)
     os.environ.clear()
-    os.environ.update(job["env"])  # type: ignore[call-overload]
+    os.environ.update(env)
     sys.path[0] = os.getcwd()
-    sys.argv = ["unet-surgery", *job["words"]]  # type: ignore[misc]
-    signal.setitimer(signal.ITIMER_REAL, float(job["timeout"]))  # type: ignore[arg-type]
+    sys.argv = ["unet-surgery", *words]
 
 
-def _run_main() -> int:
+def run_main() -> int:
     """Run the command; return its exit code. Taking the interpreter down would take longer than most commands."""
     from unet_surgery.cli.main import main
 
@@ -163,5 +163,7 @@ if __name__ == "__main__":
     for name in IMPORTS:
         importlib.import_module(name)
     gc.freeze()  # what is there need not be walked, and so copied, in every child
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
-    os._exit(_run_main())
+    job = _serve(socket.socket(fileno=int(sys.argv[1])))
+    become(job["words"], job["cwd"], job["env"])
+    signal.setitimer(signal.ITIMER_REAL, job["timeout"])
+    os._exit(run_main())
