@@ -31,6 +31,7 @@ COMMANDS = [
     "generate",
     "score",
     "stats",
+    "demo",
     "report",
     "doctor",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unet_surgery.data.shards import choose_device
+from unet_surgery.app.guard import bound
 from unet_surgery.errors import MissingExtraError, UsageError, printable
-from unet_surgery.evaluate.drawers import DTYPES
 
 if TYPE_CHECKING:
     from unet_surgery.app.server import Server
@@ -16,12 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo", "demo"]
 
+FOLDER = "GRADIO_TEMP_DIR"
+
 
 class Demo:
     """A demo that runs until :meth:`close`; ``address`` is what a browser opens. A context manager, too."""
 
-    def __init__(self, studio: Studio, server: Server) -> None:
-        self._studio, self._server = studio, server
+    def __init__(self, studio: Studio, server: Server, cleanup: contextlib.ExitStack) -> None:
+        self._studio, self._server, self._cleanup = studio, server, cleanup
         self.address = server.address
         self.model = studio.models.student.name
         self.teacher = None if studio.models.teacher is None else studio.models.teacher.name
@@ -32,9 +36,10 @@ class Demo:
         self._server.wait()
 
     def close(self) -> None:
-        """Give up what is being drawn, and stop serving."""
+        """Give up what is being drawn, stop serving, and remove the pictures that were shown."""
         self._studio.stop()
         self._server.close()
+        self._cleanup.close()
 
     def __enter__(self) -> Demo:
         return self
@@ -64,17 +69,40 @@ def demo(
         TeacherError, HubError, VerificationError: a model cannot be had, or is not whole.
         MissingExtraError: gradio or torch is not installed.
     """
-    make_page, server = _gradio()
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(bound(port))  # in this order: libraries take seconds, models longer
+        make_page, serve = _gradio()
+        studio = _studio(str(model), teacher, base, device, dtype)
+        stack.enter_context(_own_folder())
+        return Demo(studio, serve(make_page(studio), listening), stack.pop_all())
+
+
+def _studio(model: str, teacher: str | Path | None, base: str | Path | None, device: str, dtype: str | None) -> Studio:
     from unet_surgery.app.models import load_models
     from unet_surgery.app.studio import Studio
+    from unet_surgery.data.shards import choose_device
+    from unet_surgery.evaluate.drawers import DTYPES
 
     place = choose_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError("there is no such dtype", expected=", ".join(DTYPES), found=printable(dtype))
     kind = DTYPES[dtype or ("fp32" if place.type == "cpu" else "fp16")]
     names = [None if name is None else str(name) for name in (teacher, base)]
-    studio = Studio(load_models(str(model), *names, device=place, dtype=kind))
-    return Demo(studio, server(make_page(studio), port))
+    return Studio(load_models(model, *names, device=place, dtype=kind))
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let gradio keep the pictures that it shows in a folder that nobody else reads, and that goes with the demo."""
+    before = os.environ.get(FOLDER)
+    with tempfile.TemporaryDirectory(prefix="unet-surgery-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ[FOLDER] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(FOLDER)
+            if before is not None:
+                os.environ[FOLDER] = before
 
 
 def _gradio() -> tuple[Any, Any]:

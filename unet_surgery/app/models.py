@@ -9,6 +9,7 @@ import torch
 
 from unet_surgery.checkpoint.check import read_plan
 from unet_surgery.checkpoint.student import PLAN
+from unet_surgery.checkpoint.teacher import LOCAL
 from unet_surgery.errors import SurgeryError, VerificationError
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
 from unet_surgery.hub import fetch_teacher, resolve_teacher
@@ -52,7 +53,7 @@ def load_models(
     student = load_drawer(model, base, fallback=named, device=device, dtype=dtype)
     check_unet(student.unet.config, student.parts)
     if named is None:
-        why = None if plan is None else "its plan.json names none that could be found again: give it with --teacher"
+        why = None if plan is None else "its plan.json names a folder of some machine: give it with --teacher"
         return Models(student, None, why)
     try:
         drawer = load_drawer(named, None, fallback=base or model, device=device, dtype=dtype)
@@ -82,6 +83,6 @@ def _plan_of(model: str) -> SurgeryPlan | None:
 
 def _teacher_of(plan: SurgeryPlan | None) -> str | None:
     """Return what one writes to mean the teacher of a plan; None for one that was a folder of some machine."""
-    if plan is None or plan.teacher_id is None:
+    if plan is None or plan.teacher_id == LOCAL:
         return None
     return plan.teacher_id if plan.teacher_commit is None else f"{plan.teacher_id}@{plan.teacher_commit}"

@@ -31,21 +31,24 @@ PROMPTS = (
 )
 """For models of all the world."""
 
-MANY_SIDE = 256
+SMALL_SIDE = 256
 """Pictures of fewer pixels a side are shown larger, pixel by pixel."""
 
-CSS = f"""
-.gradio-container {{ max-width: 1100px !important; margin: 0 auto !important; }}
-.drawn img {{ width: 100%; height: auto; max-height: 70vh; object-fit: contain; }}
-.small img {{ image-rendering: pixelated; }}
-.drawn {{ min-width: min(280px, 100%) !important; }}
-table.facts {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-table.facts th, table.facts td {{ padding: 4px 10px; text-align: right; }}
-table.facts tr {{ border-bottom: 1px solid var(--border-color-primary); }}
-table.facts th:first-child, table.facts td:first-child {{ text-align: left; }}
-table.facts th {{ font-weight: 600; overflow-wrap: anywhere; }}
-p.note {{ margin: 6px 0; color: var(--body-text-color-subdued); }}
-@media (max-width: {MANY_SIDE * 2}px) {{ table.facts th, table.facts td {{ padding: 4px 6px; font-size: 90%; }} }}
+SHOWN_HEIGHT = 340
+
+CSS = """
+.gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
+.drawn img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
+.small img { image-rendering: pixelated; }
+#facts table { width: 100%; border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+#facts th, #facts td { padding: 5px 8px; text-align: right; border: 0; border-bottom: 1px solid #88888866; }
+#facts td, #facts th:last-child { white-space: nowrap; }
+#facts th { overflow-wrap: anywhere; }
+#facts th:first-child, #facts td:first-child { text-align: left; white-space: normal; }
+@media (max-width: 500px) {
+  #facts th, #facts td { padding: 5px 4px; font-size: 90%; }
+  .drawn { height: 190px !important; }
+}
 """
 
 
@@ -56,30 +59,18 @@ def make_theme() -> Any:
 
 def make_page(studio: Studio) -> gr.Blocks:
     """Return the page on which ``studio`` draws."""
-    models, (height, width) = studio.models, studio.own_size
+    models = studio.models
     title = f"{models.student.name}" + (f" beside {models.teacher.name}" if models.teacher else "")
     with gr.Blocks(
         title=f"unet-surgery: {title}", analytics_enabled=False, delete_cache=(60, TEMPORARY_SECONDS)
     ) as page:
         gr.Markdown(f"# {_plain(title)}")
-        gr.HTML(_introduction(studio))
+        gr.Markdown(_introduction(studio))
         prompt, negative, go, stop = _words(studio)
-        with gr.Accordion("How it is drawn", open=True), gr.Row():
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-            anew = gr.Checkbox(value=False, label="A new seed each time", min_width=120)
-            steps = gr.Slider(1, MAX_STEPS, 20 if studio.is_toy else 25, step=1, label="Steps")
-            guidance = gr.Slider(
-                0, MAX_GUIDANCE, 2 if studio.is_toy else 7.5, step=0.1, label="Guidance", info="1: none"
-            )
-            limits = {"step": studio.limits.step, "minimum": studio.limits.step, "maximum": studio.limits.most}
-            wide = gr.Slider(value=width, label="Width", **limits)
-            high = gr.Slider(value=height, label="Height", **limits)
-            scheduler = gr.Dropdown(
-                [(f"{OWN} ({studio.own_scheduler()})", OWN), *SCHEDULERS], value=OWN, label="Scheduler"
-            )
         with gr.Row():
-            shown = [_picture(role, drawer, min(height, width)) for role, drawer in _roles(studio)]
-        facts = gr.HTML()
+            shown = [_picture(role, drawer, min(studio.own_size)) for role, drawer in _roles(studio)]
+        facts = gr.Markdown(elem_id="facts")
+        settings = _settings(studio)
         data = gr.JSON(visible=False)
 
         def draw(
@@ -94,8 +85,8 @@ def make_page(studio: Studio) -> gr.Blocks:
             }  # fmt: skip
             yield from _answers(studio, values, progress)
 
-        inputs = [prompt, negative, seed, anew, steps, guidance, wide, high, scheduler]
-        outputs = [seed, *shown, facts, data]
+        inputs = [prompt, negative, *settings]
+        outputs = [settings[0], *shown, facts, data]
         triggers = [go.click, prompt.submit]
         gr.on(triggers, draw, inputs, outputs, api_name="draw", concurrency_limit=1, show_progress_on=shown[:1])
         stop.click(studio.stop, None, None, queue=False, api_name="stop")
@@ -106,14 +97,35 @@ def make_page(studio: Studio) -> gr.Blocks:
 def _words(studio: Studio) -> tuple[Any, Any, Any, Any]:
     examples = _examples(studio)
     prompt = gr.Textbox(
-        examples[0], label="Prompt", lines=2, max_length=MAX_PROMPT_CHARS, elem_id="prompt", autofocus=True
+        examples[0], label="Prompt", max_lines=4, max_length=MAX_PROMPT_CHARS, elem_id="prompt", autofocus=True
     )
     gr.Examples(list(examples), prompt, label="Prompts to try", cache_examples=False, api_visibility="private")
     with gr.Row(equal_height=True):
-        negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT_CHARS, scale=4)
-        go = gr.Button("Draw", variant="primary", elem_id="draw", scale=1, min_width=100)
-        stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+        negative = gr.Textbox("", label="Negative prompt", max_length=MAX_PROMPT_CHARS, scale=4, min_width=300)
+        go = gr.Button("Draw", variant="primary", elem_id="draw", scale=1, min_width=90)
+        stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
     return prompt, negative, go, stop
+
+
+def _settings(studio: Studio) -> list[Any]:
+    """Return seed, whether it is a new one, steps, guidance, width, height and scheduler."""
+    height, width = studio.own_size
+    sides = {"step": studio.limits.step, "minimum": studio.limits.step, "maximum": studio.limits.most}
+    schedulers = [(f"{OWN} ({studio.own_scheduler()})", OWN), *SCHEDULERS]
+    with gr.Accordion("How it is drawn", open=True):
+        with gr.Row():
+            seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+            anew = gr.Checkbox(value=False, label="A new seed each time", min_width=120)
+            scheduler = gr.Dropdown(schedulers, value=OWN, label="Scheduler", min_width=240)
+        with gr.Row():
+            steps = gr.Slider(1, MAX_STEPS, 20 if studio.is_toy else 25, step=1, label="Steps", min_width=220)
+            guidance = gr.Slider(
+                0, MAX_GUIDANCE, 2 if studio.is_toy else 7.5, step=0.1, label="Guidance (1: none)", min_width=220
+            )
+        with gr.Row():
+            wide = gr.Slider(value=width, label="Width", min_width=220, **sides)
+            high = gr.Slider(value=height, label="Height", min_width=220, **sides)
+    return [seed, anew, steps, guidance, wide, high, scheduler]
 
 
 def _examples(studio: Studio) -> Sequence[str]:
@@ -134,13 +146,15 @@ def _roles(studio: Studio) -> Iterator[tuple[str, Any]]:
 
 def _picture(role: str, drawer: Any, side: int) -> Any:
     return gr.Image(
-        label=f"{role}: {drawer.name}",
+        label=role,
         format="png",
         type="numpy",
         interactive=False,
+        height=SHOWN_HEIGHT,
+        min_width=140,
         buttons=["download", "fullscreen"],
         elem_id=role.lower(),
-        elem_classes=["drawn", "small"] if side < MANY_SIDE else ["drawn"],
+        elem_classes=["drawn", "small"] if side < SMALL_SIDE else ["drawn"],
         alt_text=f"drawn by {drawer.name}",
     )
 
@@ -154,7 +168,7 @@ def _introduction(studio: Studio) -> str:
         text += " Both begin with the same noise."
     if models.no_teacher is not None:
         text += f" No teacher: {_plain(models.no_teacher)}."
-    return f'<p class="note">{text}</p>'
+    return f"<p>{text}</p>"
 
 
 def _answers(studio: Studio, values: dict[str, Any], progress: Any) -> Iterator[tuple[Any, ...]]:
@@ -186,7 +200,7 @@ def _answers(studio: Studio, values: dict[str, Any], progress: Any) -> Iterator[
 def _table(drawn: Sequence[Drawn], unread: str) -> str:
     rows: list[tuple[str, list[str], list[float]]] = [
         ("U-Net's parameters", [_millions(d.parameters) for d in drawn], [d.parameters for d in drawn]),
-        ("a picture", [f"{d.seconds:.2f} s" for d in drawn], [d.seconds for d in drawn]),
+        ("time for a picture", [f"{d.seconds:.2f} s" for d in drawn], [d.seconds for d in drawn]),
         ("peak memory", [f"{d.peak_bytes / 1e6:,.0f} MB" for d in drawn], [d.peak_bytes for d in drawn]),
     ]
     lines = [_row("th", ["", *(d.name for d in drawn), *(["ratio"] if len(drawn) > 1 else [])])]
@@ -195,8 +209,8 @@ def _table(drawn: Sequence[Drawn], unread: str) -> str:
         lines.append(_row("td", [name, *cells, *ratio]))
     if any(d.verdict is not None for d in drawn):
         lines.append(_row("td", ["as the caption says", *(_judged(d.verdict) for d in drawn), ""][: len(drawn) + 2]))
-    note = f'<p class="note">{_plain(unread)}: the rest is not seen.</p>' if unread else ""
-    return f'<table class="facts">{"".join(lines)}</table>{note}'
+    note = f"<p>{_plain(unread)}: the rest is not seen.</p>" if unread else ""
+    return f"<table>{''.join(lines)}</table>{note}"
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-from urllib.parse import urlsplit
 
 import fastapi
 import gradio as gr
 import uvicorn
 
+from unet_surgery.app.guard import HOST, OnlyHere
 from unet_surgery.app.page import CSS, make_theme
-from unet_surgery.errors import SurgeryError, UsageError
+from unet_surgery.errors import SurgeryError
 
 __all__ = ["Server"]
 
-HOST = "127.0.0.1"
-FIRST_PORT, NUM_PORTS = 7860, 100
 START_SECONDS = 60.0
-
-NAMES = frozenset({"127.0.0.1", "localhost"})
-"""What a browser may call this machine. A name of the internet that was made to mean 127.0.0.1 is none of them."""
-
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)
-"""What the page may load: nothing from elsewhere, whatever gradio's next version wants."""
-
-HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 class Server:
     """A page that is being served, by a thread, until :meth:`close`."""
 
-    def __init__(self, page: gr.Blocks, port: int | None) -> None:
-        """Bind ``port`` (None: the first that is free from 7860 on; 0: any), and serve.
+    def __init__(self, page: gr.Blocks, listening: socket.socket) -> None:
+        """Serve ``page`` to who connects to ``listening``, which is closed in the end.
 
         Raises:
-            UsageError: the port is taken, or is none.
             SurgeryError: the server does not start.
         """
         self._page = page
-        self._socket = _bound(port)
+        self._socket = listening
         self.port = int(self._socket.getsockname()[1])
         self.address = f"http://{HOST}:{self.port}/"
         config = uvicorn.Config(
@@ -95,40 +68,6 @@ class Server:
         self._server.run(sockets=[self._socket])
 
 
-class OnlyHere:
-    """Refuses requests to other names than this machine's, and those that other sites' pages make."""
-
-    def __init__(self, application: Any) -> None:
-        self._application = application
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._application(scope, receive, send)
-            return
-        if not is_ours(_header(scope, b"host"), _header(scope, b"origin")):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"this demo is for the machine that it runs on\n"})
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *HEADERS]
-            await send(message)
-
-        await self._application(scope, receive, guarded)
-
-
-def is_ours(host: str | None, origin: str | None) -> bool:
-    """Tell whether a request names this machine (any port: it may come through a tunnel) and comes from its page."""
-    if host is None or urlsplit(f"//{host}").hostname not in NAMES:
-        return False
-    return origin is None or origin == f"http://{host}"
-
-
-def _header(scope: Scope, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
 def _application(page: gr.Blocks, port: int) -> fastapi.FastAPI:
     application = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
@@ -138,8 +77,9 @@ def _application(page: gr.Blocks, port: int) -> fastapi.FastAPI:
         server_name=HOST,
         server_port=port,
         root_path="",
-        footer_links=["api"],
+        footer_links=[],
         run_history=False,
+        app_kwargs={"openapi_url": None},
         allowed_paths=[],
         show_error=False,
         max_file_size=0,
@@ -150,15 +90,3 @@ def _application(page: gr.Blocks, port: int) -> fastapi.FastAPI:
         theme=make_theme(),
         css=CSS,
     )
-
-
-def _bound(port: int | None) -> socket.socket:
-    """Return a listening socket of the loopback."""
-    if port is not None and not 0 <= port <= 65535:
-        raise UsageError("there is no such port", expected="0 … 65535", found=str(port))
-    ports = range(FIRST_PORT, FIRST_PORT + NUM_PORTS) if port is None else [port]
-    for number in ports:
-        with contextlib.suppress(OSError):
-            return socket.create_server((HOST, number))
-    asked = f"{FIRST_PORT} … {FIRST_PORT + NUM_PORTS - 1}" if port is None else str(port)
-    raise UsageError("the port cannot be had", found=asked, hint="--port 0 takes one that is free")

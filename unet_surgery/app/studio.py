@@ -78,8 +78,8 @@ class Studio:
         return len(known) < 5000 and all(f"{word}</w>" in known for word in words())
 
     def own_scheduler(self) -> str:
-        """Return the class of the scheduler that the model names."""
-        return type(make_scheduler(self.models.student.parts.scheduler_config, None)).__name__
+        """Return the scheduler that the model names, as its class is called."""
+        return type(make_scheduler(self.models.student.parts.scheduler_config, None)).__name__.removesuffix("Scheduler")
 
     def unread_words(self, prompt: str) -> str:
         """Return in words how much of a prompt is longer than the text encoder reads; "" if nothing is."""
