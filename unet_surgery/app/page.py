@@ -40,7 +40,8 @@ CSS = """
 .gradio-container { max-width: 1000px !important; margin: 0 auto !important; }
 .drawn img { width: 100% !important; height: 100% !important; object-fit: contain !important; }
 .small img { image-rendering: pixelated; }
-#facts table { width: 100%; border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+#facts table, #facts tr { border: 0 !important; }
+#facts table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 #facts th, #facts td { padding: 5px 8px; text-align: right; border: 0; border-bottom: 1px solid #88888866; }
 #facts td, #facts th:last-child { white-space: nowrap; }
 #facts th { overflow-wrap: anywhere; }
