@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev demo demo-surgery ablation test test-extra parity check format bench clean
+.PHONY: help install dev demo demo-surgery ablation test test-extra test-demo parity check format bench clean
 
 help:
 	@echo "make install     .venv with the tool at .venv/bin/unet-surgery"
@@ -12,6 +12,7 @@ help:
 	@echo "make demo-surgery   prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
 	@echo "make ablation    what each term of the loss is good for, on the toy world, and a longer run (two hours)"
 	@echo "make test        the tests"
+	@echo "make test-demo   the tests of unet-surgery demo, in an environment of their own, with gradio"
 	@echo "make parity      golden numbers of the libraries that published scores came from, in an environment of their own"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
@@ -54,6 +55,15 @@ test-extra: .venv/.dev
 parity: .venv-parity/.made
 	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py
 
+# gradio wants an older pillow than the rest is tested with.
+.venv-demo/.made: pyproject.toml demo-constraints.txt
+	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -c demo-constraints.txt -e ".[demo,dev]"
+	touch $@
+
+test-demo: .venv-demo/.made
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest tests/test_demo.py -rs
+
 check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -77,4 +87,4 @@ ablation: .venv/.tool
 	$(BIN)/python benchmarks/longer_run.py
 
 clean:
-	rm -rf .venv .venv-parity $(DEMO) $(DEMO)-surgery local-ablation local-longer
+	rm -rf .venv .venv-parity .venv-demo $(DEMO) $(DEMO)-surgery local-ablation local-longer

@@ -33,6 +33,7 @@ COMMANDS = [
     "score",
     "bench",
     "stats",
+    "demo",
     "report",
     "doctor",
 ]

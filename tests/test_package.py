@@ -40,6 +40,8 @@ def test_public_names_are_complete_and_resolve() -> None:
         "make_cache",
         "generate",
         "report",
+        "demo",
+        "Demo",
         "get_data",
         "LatentCache",
         "score",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,6 +51,7 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["bench", "teacher", "--no-run", "--json"], 0),
     (["score", "nothing", "-m", "is"], 3),
     (["stats", "nothing", "-o", "stats.npz"], 3),
+    (["demo", "nothing", "--port", "0"], 3 if importlib.util.find_spec("gradio") else 1),
     (["report", "out", "-o", "report.html"], 0),
     (["data", "ls"], 0),
     (["data", "get", "hpsv2", "--base-url", "http://127.0.0.1:9/"], 5),

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         push,
         transplant,
     )
+    from unet_surgery.app.demo import Demo, demo
     from unet_surgery.checkpoint.check import CheckReport
     from unet_surgery.checkpoint.scorecard import add_scores
     from unet_surgery.data.cache import CacheResult, make_cache
@@ -61,6 +62,7 @@ _HOMES = {
     "ControlNetResult": "unet_surgery.api",
     "ConvertResult": "unet_surgery.runtime",
     "DataResult": "unet_surgery.data.get",
+    "Demo": "unet_surgery.app.demo",
     "GenerateResult": "unet_surgery.evaluate.generate",
     "LatentCache": "unet_surgery.data.latents",
     "ModelReport": "unet_surgery.api",
@@ -78,6 +80,7 @@ _HOMES = {
     "check": "unet_surgery.api",
     "controlnet": "unet_surgery.api",
     "convert": "unet_surgery.runtime",
+    "demo": "unet_surgery.app.demo",
     "draw": "unet_surgery.picture",
     "export": "unet_surgery.api",
     "generate": "unet_surgery.evaluate.generate",
@@ -103,6 +106,7 @@ __all__ = [
     "ControlNetResult",
     "ConvertResult",
     "DataResult",
+    "Demo",
     "ExportResult",
     "GenerateResult",
     "LatentCache",
@@ -122,6 +126,7 @@ __all__ = [
     "check",
     "controlnet",
     "convert",
+    "demo",
     "draw",
     "export",
     "generate",

@@ -230,7 +230,12 @@ def _broken(packages: Sequence[Package]) -> Iterator[str]:
 
 def _missing(packages: Sequence[Package]) -> Iterator[str]:
     extras = dict.fromkeys(p.extra for p in packages if p.extra is not None and p.name != TORCHVISION)
-    uses = {"torch": "verify and load_unet", "png": "draw --out picture.png", "evaluate": "captions of score"}
+    uses = {
+        "torch": "verify and load_unet",
+        "png": "draw --out picture.png",
+        "evaluate": "captions of score",
+        "demo": "the page of demo",
+    }
     for extra in extras:
         missing = [p.name for p in packages if p.extra == extra and p.version is None]
         if missing:

@@ -13,6 +13,7 @@ from unet_surgery.cli.check import check
 from unet_surgery.cli.controlnet import controlnet
 from unet_surgery.cli.convert import convert
 from unet_surgery.cli.data import data
+from unet_surgery.cli.demo import demo
 from unet_surgery.cli.distill import distill
 from unet_surgery.cli.doctor import doctor
 from unet_surgery.cli.draw import draw
@@ -76,6 +77,7 @@ app.command()(generate)
 app.command()(score)
 app.command()(bench)
 app.command()(stats)
+app.command()(demo)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 app.add_typer(data, name="data")

@@ -1,0 +1,119 @@
+"""``demo``: a page on which a model draws beside its teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unet_surgery.app.guard import bound
+from unet_surgery.errors import MissingExtraError, UsageError, printable
+
+if TYPE_CHECKING:
+    from unet_surgery.app.server import Server
+    from unet_surgery.app.studio import Studio
+
+__all__ = ["Demo", "demo"]
+
+FOLDER = "GRADIO_TEMP_DIR"
+
+
+class Demo:
+    """A demo that runs until :meth:`close`; ``address`` is what a browser opens. A context manager, too."""
+
+    def __init__(self, studio: Studio, server: Server, cleanup: contextlib.ExitStack) -> None:
+        self._studio, self._server, self._cleanup = studio, server, cleanup
+        self.address = server.address
+        self.model = studio.models.student.name
+        self.teacher = None if studio.models.teacher is None else studio.models.teacher.name
+        self.no_teacher = studio.models.no_teacher
+
+    def wait(self) -> None:
+        """Return when the server has ended, or with whatever exception a signal raises meanwhile."""
+        self._server.wait()
+
+    def close(self) -> None:
+        """Give up what is being drawn, stop serving, and remove the pictures that were shown."""
+        self._studio.stop()
+        self._server.close()
+        self._cleanup.close()
+
+    def __enter__(self) -> Demo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def demo(
+    model: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    base: str | Path | None = None,
+    port: int | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> Demo:
+    """Serve a page on 127.0.0.1 on which ``model`` draws beside ``teacher``, and return while it is served.
+
+    Both are what ``generate`` takes: a pipeline's folder, a U-Net's with ``base`` to bring the other parts, a built-in
+    name or a Hub id. Without ``teacher`` it is the one that the model's plan.json names, where it can be had; "none"
+    is nobody. ``port`` is the first that is free from 7860 on if None, any if 0. ``dtype`` is fp32, bf16 or fp16
+    (None: fp16 on a GPU, else fp32). Nothing else on the network is asked for anything once the models are there.
+
+    Raises:
+        UsageError: an argument has no sense, the port is taken, or the models do not draw from text alone.
+        TeacherError, HubError, VerificationError: a model cannot be had, or is not whole.
+        MissingExtraError: gradio or torch is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(bound(port))  # in this order: libraries take seconds, models longer
+        make_page, serve = _gradio()
+        studio = _studio(str(model), teacher, base, device, dtype)
+        stack.enter_context(_own_folder())
+        return Demo(studio, serve(make_page(studio), listening), stack.pop_all())
+
+
+def _studio(model: str, teacher: str | Path | None, base: str | Path | None, device: str, dtype: str | None) -> Studio:
+    from unet_surgery.app.models import load_models
+    from unet_surgery.app.studio import Studio
+    from unet_surgery.data.shards import choose_device
+    from unet_surgery.evaluate.drawers import DTYPES
+
+    place = choose_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError("there is no such dtype", expected=", ".join(DTYPES), found=printable(dtype))
+    kind = DTYPES[dtype or ("fp32" if place.type == "cpu" else "fp16")]
+    names = [None if name is None else str(name) for name in (teacher, base)]
+    return Studio(load_models(model, *names, device=place, dtype=kind))
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let gradio keep the pictures that it shows in a folder that nobody else reads, and that goes with the demo."""
+    before = os.environ.get(FOLDER)
+    with tempfile.TemporaryDirectory(prefix="unet-surgery-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ[FOLDER] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(FOLDER)
+            if before is not None:
+                os.environ[FOLDER] = before
+
+
+def _gradio() -> tuple[Any, Any]:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page says so too; this is for what gradio does besides
+    try:
+        from unet_surgery.app.page import make_page
+        from unet_surgery.app.server import Server
+    except ImportError as error:
+        raise MissingExtraError(
+            "gradio is needed for this, and does not import",
+            found=printable(str(error)),
+            hint="pip install 'unet-surgery[demo]'; unet-surgery doctor says what is missing",
+        ) from error
+    return make_page, Server
