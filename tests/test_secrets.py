@@ -13,6 +13,7 @@ from configs import CONFIGS
 from hub_faults import ALWAYS, Fault
 from hub_server import HubStandIn, client_env
 from teachers import write_unet
+from warm import Warm
 
 import unet_surgery
 
@@ -74,12 +75,11 @@ def test_no_command_shows_or_stores_a_token(tmp_path: Path, environment: dict[st
     work.mkdir()
     write_unet(work / "teacher", CONFIGS["sd1"])
     shown = ""
-    for words, code in COMMANDS:
-        done = subprocess.run(
-            [sys.executable, "-m", "unet_surgery", *words], cwd=work, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == code, (words, done.stderr)
-        shown += done.stdout + done.stderr
+    with Warm(environment) as warm:
+        for words, code in COMMANDS:
+            done = warm.run(words, cwd=work)
+            assert done.returncode == code, (words, done.stderr)
+            shown += done.stdout + done.stderr
     assert "there is one" in shown  # doctor sees the token, so there is one to be shown
     assert_free(shown, work, tmp_path / "cache")
 

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["become", "run_main", "run_tool"]
+__all__ = ["Warm", "become", "run_main", "run_tool"]
 
 AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "PYTEST_CURRENT_TEST"}
 """What is looked up when a command runs; another value of anything else needs an interpreter of its own."""
@@ -46,46 +46,59 @@ IMPORTS = [
 ]
 
 
-def run_tool(
-    words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
-) -> subprocess.CompletedProcess[str]:
-    """Run ``unet-surgery WORDS`` with no input, as :func:`subprocess.run` does; ``env`` is the whole environment."""
-    env = dict(os.environ if env is None else env)
-    command = [sys.executable, "-m", "unet_surgery", *words]
-    if not _differing(env) <= AT_RUN_TIME:
-        return subprocess.run(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-        )
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        job = {"words": list(words), "cwd": os.fspath(cwd or Path.cwd()), "env": env, "timeout": timeout}
-        code = _server().ask(job, out.fileno(), err.fileno())
-        texts = [os.pread(f.fileno(), os.fstat(f.fileno()).st_size, 0).decode() for f in (out, err)]
-    if code == -signal.SIGALRM:
-        raise subprocess.TimeoutExpired(command, timeout, *texts)
-    return subprocess.CompletedProcess(command, code, *texts)
+class Warm:
+    """A process that has imported everything, in ``env``; a context manager."""
 
-
-def _differing(env: Mapping[str, str]) -> set[str]:
-    ours = _server().env
-    names = env.keys() | (ours.keys() - GIVEN.keys())
-    return {name for name in names if env.get(name) != ours.get(name)}
-
-
-class _Server:
-    """The process that has imported everything; ``env`` is the environment that it did so in."""
-
-    def __init__(self) -> None:
-        self.env = {**os.environ, **GIVEN}
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._env = {**env, **GIVEN}
         self._socket, theirs = socket.socketpair()
         with theirs:
             words = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(
-                words, env=self.env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                words, env=self._env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
         self._answers = self._socket.makefile("r")
-        atexit.register(self.close)
 
-    def ask(self, job: Mapping[str, object], *fds: int) -> int:
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._process.wait()
+        self._answers.close()
+        self._socket.close()
+
+    def run(
+        self,
+        words: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 240,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``unet-surgery WORDS`` without input, as :func:`subprocess.run` does; ``env`` is all of its environment."""
+        env = dict(self._env if env is None else env)
+        command = [sys.executable, "-m", "unet_surgery", *words]
+        if not self._differing(env) <= AT_RUN_TIME:
+            return subprocess.run(
+                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            )
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            job = {"words": list(words), "cwd": os.fspath(cwd or Path.cwd()), "env": env, "timeout": timeout}
+            code = self._ask(job, out.fileno(), err.fileno())
+            texts = [os.pread(f.fileno(), os.fstat(f.fileno()).st_size, 0).decode() for f in (out, err)]
+        if code == -signal.SIGALRM:
+            raise subprocess.TimeoutExpired(command, timeout, *texts)
+        return subprocess.CompletedProcess(command, code, *texts)
+
+    def _differing(self, env: Mapping[str, str]) -> set[str]:
+        names = env.keys() | (self._env.keys() - GIVEN.keys())
+        return {name for name in names if env.get(name) != self._env.get(name)}
+
+    def _ask(self, job: Mapping[str, object], *fds: int) -> int:
         data = json.dumps(job).encode()
         socket.send_fds(self._socket, [len(data).to_bytes(4)], fds)
         self._socket.sendall(data)
@@ -94,14 +107,19 @@ class _Server:
             raise RuntimeError(f"what runs the commands has ended: {self._process.wait()}; try its imports by hand")
         return int(answer)
 
-    def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._process.wait()
+
+def run_tool(
+    words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """As :meth:`Warm.run`, in a process for all tests."""
+    return _of_all_tests().run(words, cwd=cwd, env=os.environ if env is None else env, timeout=timeout)
 
 
 @cache
-def _server() -> _Server:
-    return _Server()
+def _of_all_tests() -> Warm:
+    warm = Warm(os.environ)
+    atexit.register(warm.close)
+    return warm
 
 
 # --- the other side ---------------------------------------------------------------------------------------------------
