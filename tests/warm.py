@@ -79,7 +79,7 @@ class Warm:
         env: Mapping[str, str] | None = None,
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``unet-surgery WORDS`` without input as :func:`subprocess.run` does; ``env`` is all of its environment."""
+        """Run ``unet-surgery WORDS`` without input, as :func:`subprocess.run`; ``env`` is the whole environment."""
         env = dict(self._env if env is None else env)
         command = [sys.executable, "-m", "unet_surgery", *words]
         if not self._differing(env) <= AT_RUN_TIME:
