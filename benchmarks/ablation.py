@@ -387,10 +387,10 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
             rows = [r for r in results if r["recipe"] == recipe and r["variant"] == variant]
             if rows:
                 lines.append(_line(number, title, rows))
-    seconds = [r["seconds"] for r in results if r["variant"] in VARIANTS]
+    seconds = [r["training_cpu_seconds"] for r in results if r["variant"] in VARIANTS]
     if seconds:
         machines = sorted({f"{r['machine']}, {r['threads']} threads a job" for r in results})
-        lines += ["", f"A job took {min(seconds):.0f} to {max(seconds):.0f} s ({'; '.join(machines)})."]
+        lines += ["", f"A training took {min(seconds):.0f} to {max(seconds):.0f} CPU seconds ({'; '.join(machines)})."]
     return "\n".join(lines) + "\n"
 
 

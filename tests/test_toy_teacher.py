@@ -527,7 +527,7 @@ def test_the_table_has_means_and_ranges() -> None:
 
     def result(variant: str, seed: int, right: float) -> dict[str, Any]:
         scores = {kind: {"right": right} for kind in ("all", "one", "two")}
-        same = {"recipe": "bk_base", "output_error": right / 10, "frechet": 3.0, "seconds": 60.0 + seed}
+        same = {"recipe": "bk_base", "output_error": right / 10, "frechet": 3.0, "training_cpu_seconds": 60.0 + seed}
         return {**same, "variant": variant, "seed": seed, "scores": scores, "machine": "a machine", "threads": 1}
 
     rows = [result("task", seed, share) for seed, share in enumerate((0.25, 0.5, 0.75))] + [result("pruned", 0, 0.0)]
@@ -538,7 +538,7 @@ def test_the_table_has_means_and_ranges() -> None:
         "| 0.0500 (0.0250 to 0.0750) | 3.00 (3.00 to 3.00) |"
     ) in text
     assert "| 0 | pruned, not trained | 1 | 0.0 % |" in text
-    assert "A job took 60 to 62 s (a machine, 1 threads a job)." in text
+    assert "A training took 60 to 62 CPU seconds (a machine, 1 threads a job)." in text
     assert "The teacher itself: 93.8% and 93.8% right, Fréchet distance 3.00." in text
     assert "FID" not in text
     assert 'd="M' in ablation.picture(rows)
