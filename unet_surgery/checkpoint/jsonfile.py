@@ -7,9 +7,10 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from math import isinf
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.errors import SurgeryError, TeacherError, printable
@@ -60,7 +61,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file for reading: a FIFO is not waited for, a device not read.
 
     Raises:

@@ -66,11 +66,8 @@ def inception_features(
     moments: bool = False,
     pool3: bool = False,
     logits: bool = False,
-    hashed: bool = False,
 ) -> Features:
     """Return the moments of the features as pytorch-fid resizes, and features or logits as torch-fidelity does.
-
-    ``hashed`` asks for the hash of the pictures' files besides.
 
     Raises:
         DataError: a picture cannot be decoded, or the network gives what is not finite.
@@ -80,9 +77,8 @@ def inception_features(
     kept_logits: list[torch.Tensor] = []
     dtype = DTYPES[compute.dtype]
     files = hashlib.sha256()
-    on_file = files.update if hashed else None
     with exact_arithmetic():
-        for batch_BHW3 in batches(pictures, compute.batch, decoders=compute.decoders, on_file=on_file):
+        for batch_BHW3 in batches(pictures, compute.batch, decoders=compute.decoders, on_file=files.update):
             batch_B3HW = torch.from_numpy(batch_BHW3).to(compute.device).permute(0, 3, 1, 2)
             if moments:
                 found.moments.add(_finite(net(resized(batch_B3HW, "pytorch-fid", dtype))))
@@ -97,8 +93,7 @@ def inception_features(
         found.pool3_ND = torch.cat(kept_pool3).numpy()
     if logits:
         found.logits_NC = torch.cat(kept_logits)
-    if hashed:
-        found.sha256 = files.hexdigest()
+    found.sha256 = files.hexdigest()
     return found
 
 

@@ -178,7 +178,7 @@ def batches(
     *,
     decoders: int = 4,
     each: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
-    on_file: Callable[[bytes], None] | None = None,
+    on_file: Callable[[bytes], None] = lambda _digest: None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the pictures in order, uint8 [B, height, width, 3], decoded by threads ahead of what is asked for.
 
@@ -198,8 +198,7 @@ def batches(
         picture = pictures.change(picture, grey=pictures.change.words is not None and _is_grey(data, picture))
         if picture.shape[:2] != (pictures.height, pictures.width):
             return BadSampleError("unreadable", "changed since it was looked at")
-        digest = b"" if on_file is None else hashlib.sha256(data).digest()
-        return picture if each is None else each(picture), digest
+        return picture if each is None else each(picture), hashlib.sha256(data).digest()
 
     broken: dict[str, BadSampleError] = {}
     ready: list[NDArray[np.uint8]] = []
@@ -207,10 +206,8 @@ def batches(
         if isinstance(found, BadSampleError):
             broken[name] = found
         elif not broken:
-            picture, digest = found
-            if on_file is not None:
-                on_file(digest)
-            ready.append(picture)
+            ready.append(found[0])
+            on_file(found[1])
             if len(ready) == batch:
                 yield np.stack(ready)
                 ready = []

@@ -267,7 +267,7 @@ def _inception_scores(job: _Job) -> list[Score]:
     drawn = inception_features(net, job.pictures, job.compute, moments=fid, pool3=kid, logits=spread)
     others = Features()
     if job.reference is not None and job.reference.pictures is not None:
-        others = inception_features(net, job.reference.pictures, job.compute, moments=fid, pool3=kid, hashed=True)
+        others = inception_features(net, job.reference.pictures, job.compute, moments=fid, pool3=kid)
         job = replace(job, reference=replace(job.reference, sha256=others.sha256))
     scores = []
     if fid:
@@ -381,9 +381,8 @@ def _images(pictures: PictureFolder, generation: dict[str, Any] | None) -> dict[
 def _warnings(job: _Job) -> list[str]:
     """Return what a reader of the scores has to know beside them."""
     told = []
-    for name, network in CLIPS.items():
-        weights = job.weights.get(name)
-        if weights is not None and not weights.published:
+    for name, weights in job.weights.items():
+        if name in CLIPS and not weights.published:
             told.append(f"{name} is called {METRICS[name].called(published=False)}: {weights.why}")
     if not job.wants("fid"):
         return told

@@ -144,8 +144,8 @@ def find_inception(path: str | Path | None, *, sha256: str | None = None) -> Wei
 def find_weights(known: Known, path: str | Path | None, *, tokenizer: str | Path | None = None) -> Weights:
     """Find weights at ``path`` (a file, or the folder that holds them), else in their repository on the Hub.
 
-    ``tokenizer`` is a folder with the tokenizer's files, where they do not lie beside the weights. A file at ``path`` is
-    the published one if its sha256 is the one written down here, or the one that the Hub names, where it can be asked.
+    ``tokenizer`` is a folder with the tokenizer's files, where they do not lie beside the weights. A file at ``path``
+    is the published one if its sha256 is written down here, or the Hub names it, where it can be asked.
 
     Raises:
         TeacherError: there is no such file at ``path``.
@@ -170,13 +170,18 @@ def find_weights(known: Known, path: str | Path | None, *, tokenizer: str | Path
             where=known.address,
             expected=" or ".join(known.files),
             found=error.found,
-            hint=f"fetch them where there is a network, and give {known.option} PATH",
+            hint=f"where there is a network: {_by_hand(known)}, and bring the Hub's cache; or give {known.option} PATH",
         ) from error
     file = files.folder / files.names[0]
     digest = _digest(file)  # the Hub's own hash of it was compared when it came
     other = known.sha256 is not None and files.names[0] == known.files[0] and digest != known.sha256
     why = f"its repository holds another file than was published, sha256 {digest}" if other else ""
     return Weights(file, known.name, digest, not why, folders, why)
+
+
+def _by_hand(known: Known) -> str:
+    words = ["hf download", str(known.repository), known.files[0]]
+    return " ".join([*words, *(["--revision", known.revision] if known.revision else [])])
 
 
 def _why_not(known: Known, digest: str) -> str:
