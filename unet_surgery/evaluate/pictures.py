@@ -261,7 +261,7 @@ def _is_grey(data: bytes, picture: NDArray[np.uint8]) -> bool:
     """Tell whether a file that was decoded holds one channel; the file is asked only where its pixels are grey."""
     if (picture != picture[..., :1]).any():
         return False
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         return image.mode == "L"
 
 
