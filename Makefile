@@ -12,7 +12,7 @@ help:
 	@echo "make demo-surgery   prune a full-size SD v1 U-Net (random weights) with bk_tiny, check it, show the plan"
 	@echo "make ablation    what each term of the loss is good for, on the toy world, and a longer run (two hours)"
 	@echo "make test        the tests"
-	@echo "make parity      golden numbers of the libraries that published scores came from, in an environment of their own"
+	@echo "make parity      the libraries that published scores came from, in an environment of their own, against the goldens"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
 
@@ -52,7 +52,7 @@ test-extra: .venv/.dev
 	touch $@
 
 parity: .venv-parity/.made
-	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py
+	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py $(if $(WRITE),--write)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -1150,3 +1150,19 @@ def test_a_damaged_card_is_left_as_it_is(toy_folder: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="metadata cannot be read"):
         add_scores(tmp_path, score(toy_folder, ["toy"]).to_json())
     assert path.read_text() == "---\na: [\n---\n"
+
+
+def test_parity_fails_on_a_difference() -> None:
+    """make parity compares: what the libraries say now with the goldens, numbers up to rounding."""
+    text = (Path(__file__).parents[1] / "tools" / "parity.py").read_text("utf-8")
+    source = (
+        "from __future__ import annotations\nimport math\nTOLERANCE = 1e-5\n"
+        + text[text.index("def differences") : text.index("def declare_operators")]
+    )
+    names: dict[str, Any] = {}
+    exec(source, names)  # the script itself needs the libraries
+    differences = names["differences"]
+    before = {"a": [1.0, {"b": 2.0}], "versions": {"torch": "2"}}
+    assert list(differences(before, {"a": [1.0 + 1e-9, {"b": 2.0}], "versions": {"torch": "2"}})) == []
+    assert list(differences(before, {"a": [1.0, {"b": 2.1}], "versions": {"torch": "2"}})) == ["/a/1/b: 2.0 → 2.1"]
+    assert len(list(differences(before, {"a": [1.0], "versions": {"torch": "3"}}))) == 2
