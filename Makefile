@@ -13,7 +13,7 @@ help:
 	@echo "make ablation    what each term of the loss is good for, on the toy world, and a longer run (two hours)"
 	@echo "make test        the tests"
 	@echo "make test-demo   the tests of unet-surgery demo, in an environment of their own, with gradio"
-	@echo "make parity      golden numbers of the libraries that published scores came from, in an environment of their own"
+	@echo "make parity      the libraries that published scores came from, in an environment of their own, against the goldens"
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
 
@@ -53,7 +53,7 @@ test-extra: .venv/.dev
 	touch $@
 
 parity: .venv-parity/.made
-	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py
+	OMP_NUM_THREADS=1 .venv-parity/bin/python tools/parity.py $(if $(WRITE),--write)
 
 # gradio wants an older pillow than the rest is tested with.
 .venv-demo/.made: pyproject.toml demo-constraints.txt

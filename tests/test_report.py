@@ -25,13 +25,25 @@ from test_published import giga, plan_of
 
 import unet_surgery as us
 from unet_surgery.errors import DataError, OutputError, SurgeryError, UsageError
+from unet_surgery.evaluate.metrics import METRICS
 from unet_surgery.evaluate.published import MODELS, PROTOCOL, models_of_size
 from unet_surgery.pages.page import Bar, Bars, Drawing, Scatter, Table, page
 from unet_surgery.pages.scatter import Point, scatter_svg, standalone_scatter
 from unet_surgery.recipe import load_recipe
 from unet_surgery.results.compose import compose, distinct
+from unet_surgery.results.formats import Generation, Images, Score
 from unet_surgery.results.grids import picture_sections
+from unet_surgery.results.protocol import (
+    LOWER_IS_BETTER,
+    NAMES,
+    changed,
+    drawn_as,
+    identity,
+    in_words,
+    unlike_published,
+)
 from unet_surgery.results.read import Drawn, look
+from unet_surgery.sample.presets import PRESETS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CAPTIONS = ["a red circle, left", 'a "blue" square', "grün, 東京"]
@@ -289,7 +301,10 @@ def tables(text: str) -> list[str]:
 @pytest.mark.parametrize(
     "change",
     [{"steps": 8}, {"guidance": 2.0}, {"seed": 1}, {"negative": "ugly"}, {"drawn_width": 768}, {"jpeg": None},
-     {"scheduler": {"class": "DDIMScheduler", "options": {}}}, {"prompts": {"name": "x", "sha256": "ef", "count": 3}}],
+     {"scheduler": {"class": "DDIMScheduler", "options": {}}}, {"stream": {"batch": 8, "device": "cpu"}},
+     {"scheduler": {"class": "PNDMScheduler", "options": {"timestep_spacing": "leading", "use_beta_sigmas": True}}},
+     {"scheduler": {"class": "PNDMScheduler", "options": {"timestep_spacing": "trailing"}}},
+     {"prompts": {"name": "x", "sha256": "ef", "count": 3}}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_pictures_drawn_otherwise_have_a_table_and_axis_of_their_own(
@@ -323,6 +338,43 @@ def test_scores_measured_otherwise_have_a_column_and_axis_of_their_own(
     assert ("KID (2)" in text) or len(tables(text)) == 2
 
 
+def test_options_that_are_the_models_or_not_used_make_no_difference() -> None:
+    """A later diffusers writes more options, all of them off; a model brings its own noise schedule."""
+
+    def settings(**more: Any) -> Any:
+        options = {"timestep_spacing": "leading", **more}
+        data = generation("x", scheduler={"class": "PNDMScheduler", "options": options})
+        return drawn_as(Generation.model_validate(data))
+
+    before = settings()
+    same = settings(prediction_type="v_prediction", beta_end=0.012, use_beta_sigmas=False, use_flow_sigmas=None)
+    assert identity(before) == identity(same)
+    other = settings(final_sigmas_type="zero")
+    assert changed(before, other) == "final_sigmas_type none → zero"
+    assert "final_sigmas_type" not in in_words(other)
+
+
+def test_the_published_protocol_is_the_presets() -> None:
+    """One fact in one place: what --preset draws is what published numbers are compared with."""
+    drawn = Images.model_validate(
+        {"folder": "x", "count": 30_000, "width": 256, "height": 256, "generation": coco("x", 1)}
+    )
+    protocol = {"implementation": "x", "count": 30_000}
+    found = Score.model_validate({"metric": "fid", "value": 1.0, "protocol": protocol})
+    assert unlike_published(drawn, found) == []
+    preset = PRESETS["mscoco30k"]
+    assert PROTOCOL.preset is preset
+    assert (PROTOCOL.scheduler, PROTOCOL.filter, PROTOCOL.side) == ("PNDMScheduler", "bicubic", preset.resize)
+
+
+def test_every_metric_has_a_label_and_a_direction() -> None:
+    assert set(NAMES) == set(METRICS)
+    assert set(LOWER_IS_BETTER) == {name for m in METRICS.values() for name in (m.name, m.general)}
+    assert {name for name, lower in LOWER_IS_BETTER.items() if lower} == {
+        "fid", "kid", "frechet-distance", "kernel-distance"
+    }  # fmt: skip
+
+
 def test_a_name_or_a_machine_makes_no_difference(tmp_path: Path, made: Make) -> None:
     first = scores(tmp_path / "a.json", coco("one", 859_520_964), {"kid": 1.0})
     moved = coco("two", 323_384_964, device="other", versions={}, batch=1, seconds=9.0)
@@ -344,14 +396,21 @@ def test_published_points_share_an_axis_only_with_their_own_protocol(tmp_path: P
     (chart,) = re.findall(r'<svg class="chart".*?</svg>', made(alike)[0])
     assert chart.count('class="mark own"') == 1
     assert chart.count('class="mark others"') == sum(bool(model.scores) for model in MODELS) == 11
-    for change in ({"steps": 8}, {"guidance": 7.0}, {"preset": None}, {"seed": 0}):
+    changes: tuple[dict[str, Any], ...] = (
+        {"steps": 8}, {"guidance": 7.0}, {"preset": None}, {"seed": 0}, {"jpeg": None}, {"jpeg": 90}, {"resize": None},
+        {"resize": "lanczos"}, {"drawn_width": 768}, {"negative": "ugly"}, {"strength": 0.5}, {"init": "abc"},
+        {"prompts": {"name": "mine", "sha256": "ab", "count": 5000}},
+    )  # fmt: skip
+    for change in changes:
         first = scores(tmp_path / "b.json", coco("mine", 323_384_964, **change), {"fid": 16.4})
         second = scores(tmp_path / "c.json", coco("teacher", 859_520_964, **change), {"fid": 13.4})
         text, _ = made(first, second)
         charts = re.findall(r'<svg class="chart".*?</svg>', text)
         kinds = [("mark own" in chart, "mark others" in chart) for chart in charts]
         assert kinds == [(True, False), (False, True)]
-        assert f"{next(iter(change))} " in text.split("these were made otherwise: ")[1].split("</p>")[0]
+        name = next(iter(change))
+        called = {"jpeg": "JPEG", "resize": "resized by", "drawn_width": "drawn at", "init": "drawn from"}
+        assert f"{called.get(name, name)} " in text.split("these were made otherwise: ")[1].split("</p>")[0]
 
 
 def test_what_was_not_recorded_is_not_taken_for_the_same(tmp_path: Path, made: Make) -> None:
@@ -566,6 +625,22 @@ def test_plots_as_png(tmp_path: Path, inputs: dict[str, Path]) -> None:
     assert again.plots[0].name == "01-quality-against-size.png"
 
 
+def test_a_page_that_cannot_be_written_leaves_the_plots(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, plots = tmp_path / "out.html", tmp_path / "plots"
+    us.report([inputs["run"]], out, png=plots)
+    before = {path.name: path.read_bytes() for path in [out, *plots.iterdir()]}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unet_surgery.checkpoint.disk.replace_file", full)
+    with pytest.raises(OutputError, match="cannot be written"):
+        us.report([inputs["student"]], out, png=plots, force=True)
+    assert {path.name: path.read_bytes() for path in [out, *plots.iterdir()]} == before
+
+
 numbers = st.floats(-1e9, 1e9).map(lambda x: round(x, 3))
 
 
@@ -629,7 +704,7 @@ def test_published_scores_are_whole() -> None:
     assert len({model.name for model in MODELS}) == len(MODELS) == 22
     assert all(set(model.scores) in (set(), {"fid", "is", "clip"}) for model in MODELS)
     assert {model.name for model in models_of_size(482_346_884)} == {"BK-SDM-Small", "BK-SDM-Small-2M"}
-    assert (PROTOCOL.count, PROTOCOL.side, PROTOCOL.steps, PROTOCOL.guidance) == (30_000, 256, 25, 7.5)
+    assert (PROTOCOL.count, PROTOCOL.side, PROTOCOL.preset.steps, PROTOCOL.preset.guidance) == (30_000, 256, 25, 7.5)
     assert compose([]).sections == []
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import tokenize
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +25,11 @@ from hub_server import HubStandIn, client_in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from warm import run_tool
 
 from unet_surgery.checkpoint.scorecard import add_scores, card_with_scores
 from unet_surgery.errors import DataError, HubError, MissingExtraError, OutputError, TeacherError, UsageError
+from unet_surgery.evaluate import pictures as pictures_module
 from unet_surgery.evaluate import reference as reference_module
 from unet_surgery.evaluate import score as score_module
 from unet_surgery.evaluate.clip import Clip, cleaned, load_clip, middle_square
@@ -42,7 +44,16 @@ from unet_surgery.evaluate.reference import make_statistics
 from unet_surgery.evaluate.score import score
 from unet_surgery.evaluate.spread import inception_score
 from unet_surgery.evaluate.statistics import Statistics, read_statistics, write_statistics
-from unet_surgery.evaluate.weights import CLIP, INCEPTION, Weights, find_inception, find_weights, read_tensors
+from unet_surgery.evaluate.weights import (
+    CLIP,
+    HPS,
+    HPS_V21,
+    INCEPTION,
+    Weights,
+    find_inception,
+    find_weights,
+    read_tensors,
+)
 from unet_surgery.toyworld.draw import draw_many
 from unet_surgery.toyworld.grammar import caption, one_object_scenes
 
@@ -99,7 +110,15 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seeded.write_pictures(folder, draw_many(scenes, range(20)))
     texts = [caption(scene) for scene in scenes]
     write_captions(folder, [*texts[:19], texts[0]])
-    told = {"format": "unet-surgery-generation", "images": 20, "width": 32, "height": 32, "steps": 25, "guidance": 7.5}
+    told = {
+        "format": "unet-surgery-generation",
+        "format_version": 1,
+        "images": 20,
+        "width": 32,
+        "height": 32,
+        "steps": 25,
+        "guidance": 7.5,
+    }
     told |= {"seed": 1234, "scheduler": {"class": "PNDMScheduler"}, "prompts": {"name": "toy prompts"}, "resize": None}
     (folder / "generation.json").write_text(json.dumps(told))
     return folder
@@ -117,8 +136,6 @@ def write_captions(folder: Path, texts: list[str]) -> None:
 
 
 def _sha256(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -384,10 +401,15 @@ def test_weights_from_their_own_repository_have_the_metrics_name(
     """Through the real client, from a stand-in of the Hub: compared with the hash it names, cached, found offline."""
     monkeypatch.setenv("UNET_SURGERY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("UNET_SURGERY_PATIENCE", "1")
+    known = dataclasses.replace(CLIP, sha256=_sha256(clip_folder / "open_clip_pytorch_model.bin"))
+    monkeypatch.setitem(score_module.CLIPS, "clip", (known, *score_module.CLIPS["clip"][1:]))
     hub = HubStandIn()
     hub.add(str(CLIP.repository), clip_folder)
     with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "home"):
-        found = find_weights(CLIP, None)
+        other = find_weights(CLIP, None)  # whose main branch holds another file than the one that was published
+        assert not other.published
+        assert "another file than was published" in other.why
+        found = find_weights(known, None)
         assert (found.published, found.name) == (True, "laion/CLIP-ViT-g-14-laion2B-s34B-b88K")
         assert found.sha256 == _sha256(clip_folder / "open_clip_pytorch_model.bin")
         assert found.beside("merges.txt") is not None
@@ -399,6 +421,37 @@ def test_weights_from_their_own_repository_have_the_metrics_name(
         assert scored.metric == "clip"
     with client_in_process("http://127.0.0.1:9", tmp_path / "home"):  # where nobody listens
         assert find_weights(CLIP, None).sha256 == found.sha256
+
+
+def test_weights_by_path_are_published_where_their_hash_is(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash written down here, else the one that the Hub names; without a network it is said that none was."""
+    monkeypatch.setenv("UNET_SURGERY_CACHE", str(tmp_path / "cache"))
+    file = clip_folder / "open_clip_pytorch_model.bin"
+    written_down = dataclasses.replace(CLIP, sha256=_sha256(file))
+    asked = dataclasses.replace(CLIP, sha256=None)
+    assert find_weights(written_down, clip_folder).published
+    assert find_weights(written_down, clip_folder).name == CLIP.name
+    assert "could not be compared" in find_weights(asked, clip_folder).why
+    hub = HubStandIn(large_bytes=1000)  # whose hashes the Hub names
+    hub.add(str(CLIP.repository), clip_folder)
+    with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "home"):
+        assert find_weights(asked, clip_folder).published
+        (tmp_path / "other.bin").write_bytes(file.read_bytes() + b"x")
+        other = find_weights(asked, tmp_path / "other.bin")
+        assert (other.published, other.why) == (False, "its weights are not the published ones")
+    for known in (CLIP, HPS, HPS_V21):  # by hash, or by a commit, which names its files' hashes
+        assert known.sha256 is not None or len(str(known.revision)) == 40
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(TeacherError, match="not a regular file"):
+            find_inception(path)
+        with pytest.raises(TeacherError):
+            find_weights(CLIP, path)
 
 
 class _Shell:
@@ -483,17 +536,44 @@ def test_pictures_that_cannot_be_read_are_named_and_counted(tmp_path: Path) -> N
     assert len(got) == 1  # nothing comes after the first that is broken: a network would run for nothing
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_references_are_made_as_bk_sdms(tmp_path: Path, mode: str) -> None:
-    """Its script: Image.open(…).resize((side, side)).save("….jpg"), which pytorch-fid then opens."""
+@pytest.mark.parametrize("modes", [("RGB",), ("L",), ("L", "RGB")], ids="→".join)
+def test_references_are_made_as_bk_sdms(tmp_path: Path, modes: tuple[str, ...]) -> None:
+    """Its script: Image.open(…).resize((side, side)).save("….jpg"), which pytorch-fid then opens.
+
+    A colour file that shows only greys stays one.
+    """
     (tmp_path / "raw").mkdir()
-    Image.fromarray(seeded.pictures(1, 90, 70)[0]).convert(mode).save(tmp_path / "raw" / "a.jpg", quality=95)
+    image = Image.fromarray(seeded.pictures(1, 90, 70)[0])
+    for mode in modes:
+        image = image.convert(mode)
+    image.save(tmp_path / "raw" / "a.jpg", "PNG")
     with Image.open(tmp_path / "raw" / "a.jpg") as image:
         image.resize((48, 48)).save(tmp_path / "theirs.jpg")
     with Image.open(tmp_path / "theirs.jpg") as image:
+        assert image.mode == modes[-1]
         theirs = np.array(image.convert("RGB"))
     (ours,) = batches(survey(tmp_path / "raw", change=Change(48, 75)), 1)
     assert (ours[0] == theirs).all()
+
+
+def test_of_large_files_only_the_start_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the header is behind more than that, as with a large comment."""
+    noise = Image.fromarray(seeded.pictures(1, 300, 300)[0])
+    noise.save(tmp_path / "a.bmp")
+    assert (tmp_path / "a.bmp").stat().st_size > 2 * pictures_module.HEADER_BYTES
+    whole: list[str] = []
+    read = pictures_module.read_regular
+    monkeypatch.setattr(
+        pictures_module, "read_regular", lambda path, most: (whole.append(path.name), read(path, most))[1]
+    )
+    assert survey(tmp_path).width == 300
+    assert whole == []
+    comment = b"".join(b"\xff\xfe\xff\xff" + bytes(0xFFFD) for _ in range(2))
+    noise.save(tmp_path / "b.jpg")
+    data = (tmp_path / "b.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(data[:2] + comment + data[2:])
+    assert survey(tmp_path).width == 300
+    assert whole == ["b.jpg"]
 
 
 def test_a_bomb_and_16_bits_are_refused(tmp_path: Path) -> None:
@@ -609,6 +689,37 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
         read_statistics(path)
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f8', 'fortran_order': False, 'shape': (2048,), }\n(", "(" * 3000, "\x00", "{'descr': " + "'" * 3,
+     "{" * 200, "{'descr': '<f8', 'fortran_order': False, 'shape': (" + "-" * 4000 + "1,)}"],
+    ids=["open bracket", "deep", "zero", "open text", "braces", "signs"],
+)  # fmt: skip
+def test_hostile_headers_are_refused(tmp_path: Path, header: str) -> None:
+    """numpy hands a header to Python's own parser, which raises whatever it raises: MemoryError, TokenError."""
+    text = header.encode("latin1")
+    path = tmp_path / "bad.npz"
+    for version, size in ((1, len(text).to_bytes(2, "little")), (2, len(text).to_bytes(4, "little"))):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mu.npy", b"\x93NUMPY" + bytes((version, 0)) + size + text + bytes(8192))
+        with pytest.raises(DataError, match="statistics|mu is damaged"):
+            read_statistics(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), tokenize.TokenError("EOF in multi-line statement")])
+def test_whatever_numpys_parser_raises_is_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    write_statistics(tmp_path / "a.npz", _statistics())
+
+    def parse(_file: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("numpy.lib.format.read_array_header_1_0", parse)
+    with pytest.raises(DataError, match=r"no \.npz file of statistics"):
+        read_statistics(tmp_path / "a.npz")
+
+
 # ---- the whole
 
 
@@ -688,7 +799,6 @@ def test_references_that_do_not_fit_are_refused(few: None, weights: Weights, tmp
 def test_is_and_kid_of_folders(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, "kid", dataclasses.replace(METRICS["kid"], min_pictures=4))
     monkeypatch.setitem(METRICS, "is", dataclasses.replace(METRICS["is"], min_pictures=4))
-    monkeypatch.setattr(score_module, "SUBSET_SIZE", 4)
     monkeypatch.setattr(score_module, "inception_score", functools.partial(inception_score, splits=2))
     monkeypatch.setattr(score_module, "kernel_distance", functools.partial(kernel_distance, size=4, subsets=3))
     features = []
@@ -706,8 +816,15 @@ def test_is_and_kid_of_folders(weights: Weights, tmp_path: Path, monkeypatch: py
     assert (found.metric, spread.metric) == ("kernel-distance", "exp-class-information")
     assert spread.protocol["reference"] is None
     assert found.protocol["reference"] == {
-        "name": "2", "sha256": None, "count": 5, "resolution": [40, 40], "change": None
+        "name": "2", "sha256": _files_sha256(tmp_path / "2"), "count": 5, "resolution": [40, 40],
+        "resolution_is_told": False, "change": None,
     }  # fmt: skip
+
+
+def _files_sha256(folder: Path) -> str:
+    """The hash of the hashes of the files, by their names' order: a folder is known by it, not by its name."""
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.iterdir())]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def test_too_few_pictures_for_fid_do_not_stop_the_others(toy_folder: Path, weights: Weights) -> None:
@@ -720,13 +837,41 @@ def test_too_few_pictures_for_fid_do_not_stop_the_others(toy_folder: Path, weigh
     assert reference_module.METRICS["fid"].min_pictures == 2048
 
 
+def test_a_reference_that_is_too_small_does_not_stop_the_others(
+    few: None, toy_folder: Path, weights: Weights, tmp_path: Path
+) -> None:
+    """And one that is told what it does not record says so; below 10,000 there is a note, as of the pictures."""
+    path = tmp_path / "stats.npz"
+    options: dict[str, Any] = {"reference": path, "inception": weights.path, "weights_sha256": weights.sha256}
+    write_statistics(path, _statistics(resolution=(32, 32), count=SMALL - 1))
+    report = score(toy_folder, ["fid", "toy"], **options)
+    assert [found.metric for found in report.scores] == ["toy"]
+    assert report.refused["fid"].startswith("of the reference, too few pictures for FID")
+    write_statistics(path, _statistics(resolution=None, count=3000), force=True)
+    report = score(toy_folder, ["fid"], **options, reference_resolution=32)
+    assert report.scores[0].protocol["reference"]["resolution_is_told"]
+    assert [note.split(" are few")[0] for note in report.warnings] == ["20 pictures", "3,000 pictures in the reference"]
+
+
+def test_toy_pictures_are_judged_batch_by_batch(toy_folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    (found,) = score(toy_folder, ["toy"], batch=8, progress=lambda done, total: seen.append((done, total))).scores
+    assert seen == [(8, 20), (16, 20), (20, 20)]
+    assert found.value == 0.95
+
+
 def test_unfinished_and_changed_folders_are_refused(toy_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(toy_folder, tmp_path / "copy")
     (tmp_path / "copy" / "00019.png").unlink()
     with pytest.raises(DataError, match=r"(?s)20 pictures of 32×32.*19 pictures of 32×32"):
         score(tmp_path / "copy", ["toy"])
+    told = tmp_path / "copy" / "generation.json"
+    told.write_text(told.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(DataError, match=r"no generation\.json that is known"):  # as every other reader says it
+        score(tmp_path / "copy", ["toy"])
+    told.unlink()
     (tmp_path / "copy" / ".unfinished").mkdir()
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="not all drawn yet"):
         score(tmp_path / "copy", ["toy"])
 
 
@@ -770,10 +915,7 @@ def test_metrics_are_named_right() -> None:
 
 
 def tool(*words: str, code: int = 0) -> tuple[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "unet_surgery", *words],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    done = run_tool(words, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -815,9 +957,36 @@ def test_the_command_line_scores_and_writes_the_card(toy_folder: Path, tmp_path:
     }  # fmt: skip
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.endswith("\n---\n\n# A model\n\nWhat stands here stays.\n")
+    assert f"- {found['interval'][0]}" in card
     assert "exists" in tool(*words, code=4)[1]
     add_scores(tmp_path / "model", data)
     assert (tmp_path / "model" / "README.md").read_text() == card
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_computed(toy_folder: Path, tmp_path: Path) -> None:
+    words = ["score", str(toy_folder), "-m", "toy"]
+    out, told = tool(*words, "--card", str(tmp_path / "typo"), code=4)
+    assert (out, "there is no model card" in told) == ("", True)
+    (tmp_path / "README.md").write_text("---\na: [\n---\n")
+    assert tool(*words, "--card", str(tmp_path), code=3)[0] == ""
+    assert tool(*words, "--out", str(tmp_path), "--force", code=4)[0] == ""
+
+
+def test_scores_are_shown_where_they_cannot_be_written(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that fills up, or a file that appears meanwhile, does not lose the hours."""
+    from unet_surgery.cli.score import score as command
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unet_surgery.checkpoint.disk.replace_file", full)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  # the command line's own exit
+        command(toy_folder, metrics="toy", out=tmp_path / "scores.json", quiet=True)
+    shown = capsys.readouterr()
+    assert "0.9500" in shown.out
+    assert "cannot be written" in shown.err + str(caught.value)
 
 
 def test_the_command_line_says_what_was_refused(toy_folder: Path, weights: Weights) -> None:
@@ -840,42 +1009,114 @@ def test_the_command_line_says_what_was_refused(toy_folder: Path, weights: Weigh
     )
 
 
-def test_the_card_replaces_its_own_scores_and_keeps_others(tmp_path: Path) -> None:
+DRAWN: dict[str, Any] = {
+    "preset": "mscoco30k", "prompts": {"name": "metadata.csv", "sha256": "ab", "count": 30_000}, "width": 256,
+    "height": 256, "drawn_width": 512, "drawn_height": 512, "resize": "bicubic", "jpeg": 75, "steps": 25,
+    "scheduler": {"class": "PNDMScheduler", "options": {"timestep_spacing": "leading", "beta_end": 0.012}},
+    "guidance": 7.5, "negative": "", "seed": 1, "seeding": "keyed", "stream": None, "strength": None, "init": None,
+    "masks": None, "model": {"sha256": "x"}, "batch": 8, "versions": {}, "device": "cpu",
+}  # fmt: skip
+
+
+def scored(value: float, *, drawn: dict[str, Any] | None = None, **protocol: Any) -> dict[str, Any]:
+    """The JSON of a score of ``drawn`` over the usual generation, measured with ``protocol`` over the usual one."""
+    generation = {**DRAWN, **(drawn or {})}
+    told = {
+        "generation": {"steps": generation["steps"]}, "count": 30_000, "resolution": [256, 256], "error_is": None,
+        "weights": {"sha256": HASH}, "reference": {"name": "coco", "sha256": "cd", "resolution": [256, 256]},
+        "implementation": "as pytorch-fid 0.3.0", "resize": "bilinear", **protocol,
+    }  # fmt: skip
+    return {
+        "format": "unet-surgery-scores", "unet_surgery": "0", "images": {"folder": "im256", "generation": generation},
+        "scores": [{"metric": "fid", "value": value, "error": None, "protocol": told}],
+    }  # fmt: skip
+
+
+FOREIGN_CARD = """---
+license: mit   # as the teacher's
+model-index:
+- results:
+  - metrics:
+    - value: 13.05
+      type: fid
+    dataset: {name: COCO, type: coco}
+    task: {type: text-to-image}
+  name: their-name
+
+# of the training
+base_model: "x/y"
+---
+# x
+"""
+
+
+def test_the_card_replaces_its_own_scores_in_place_and_keeps_others(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    def scores(value: float, steps: int = 25) -> dict[str, Any]:
-        protocol = {
-            "generation": {"steps": steps, "guidance": 7.5, "seed": 1, "scheduler": "PNDMScheduler"}, "count": 30_000,
-            "resolution": [256, 256], "weights": {"sha256": HASH}, "reference": {"name": "coco"}, "error_is": None,
-            "implementation": "as pytorch-fid 0.3.0",
-        }  # fmt: skip
-        return {
-            "format": "unet-surgery-scores", "unet_surgery": "0", "images": {"folder": "im256", "generation": None},
-            "scores": [{"metric": "fid", "value": value, "error": None, "protocol": protocol}],
-        }  # fmt: skip
-
-    foreign = {
-        "name": "their-name",
-        "results": [{
-            "task": {"type": "text-to-image"}, "dataset": {"type": "coco", "name": "COCO"},
-            "metrics": [{"type": "fid", "value": 13.05}],
-        }],
-    }  # fmt: skip
-    front = yaml.safe_dump({"license": "mit", "model-index": [foreign]})
     path = tmp_path / "README.md"
-    path.write_text(f"---\n{front}---\n# x\n")
-    for made in (scores(17.0), scores(16.5), scores(20.0, steps=8)):
+    path.write_text(FOREIGN_CARD)
+    for made in (scored(17.0), scored(20.0, drawn={"steps": 8}), scored(16.5)):
         assert add_scores(tmp_path, made) == 1
     results = ModelCard.load(path).data.eval_results
     assert results is not None
-    drawn = "30000 pictures of 256×256, scheduler PNDMScheduler, steps {}, guidance 7.5, seed 1"
-    assert sorted((r.metric_value, r.dataset_config) for r in results) == [
-        (13.05, None), (16.5, drawn.format(25)), (20.0, drawn.format(8))
+    words = (
+        "30000 pictures of 256×256, drawn at 512×512, scheduler PNDMScheduler, steps {}, guidance 7.5, seed 1, "
+        "resize bicubic, jpeg 75"
+    )
+    assert [(r.dataset_name, r.metric_value, r.dataset_config) for r in results] == [
+        ("COCO", 13.05, None), ("mscoco30k", 16.5, words.format(25)), ("mscoco30k", 20.0, words.format(8))
     ]  # fmt: skip
     before = path.read_bytes()
-    add_scores(tmp_path, scores(16.5))
-    assert sorted(path.read_bytes()) == sorted(before)
-    assert ModelCard.load(path).data.license == "mit"
+    for again in (scored(20.0, drawn={"steps": 8}), scored(16.5)):
+        add_scores(tmp_path, again)
+    assert path.read_bytes() == before
+    text = path.read_text()
+    assert text.startswith("---\nlicense: mit   # as the teacher's\nmodel-index:\n- results:\n")
+    assert text.endswith('\n\n# of the training\nbase_model: "x/y"\n---\n# x\n')
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reference": {"name": "coco", "sha256": "ef", "resolution": [256, 256]}}, {"weights": {"sha256": "1" * 64}},
+        {"implementation": "another"}, {"resize": "another"}, {"count": 29_999}, {"resolution": [512, 512]},
+        {"drawn": {"prompts": {"name": "metadata.csv", "sha256": "ba"}}}, {"drawn": {"negative": "ugly"}},
+        {"drawn": {"jpeg": None}}, {"drawn": {"strength": 0.5}}, {"drawn": {"seeding": "stream"}},
+        {"drawn": {"init": "y"}}, {"drawn": {"scheduler": {"class": "PNDMScheduler", "options": {"x": 1}}}},
+    ],
+    ids=lambda changes: next(iter(changes.get("drawn", changes))),
+)  # fmt: skip
+def test_scores_of_another_protocol_stand_beside(changes: dict[str, Any]) -> None:
+    one = card_with_scores(CARD, scored(17.0), name="x")
+    assert card_with_scores(one, scored(18.0, **changes), name="x").count("type: fid") == 2
+    assert card_with_scores(one, scored(18.0), name="x").count("type: fid") == 1
+
+
+def test_another_model_machine_or_version_is_no_other_protocol() -> None:
+    one = card_with_scores(CARD, scored(17.0), name="x")
+    more = {"model": {"sha256": "y"}, "batch": 1, "device": "cuda", "versions": {"torch": "9"}, "parts": [1]}
+    options = {"timestep_spacing": "leading", "beta_end": 0.02, "a_later_one": False}
+    redrawn = scored(18.0, drawn={**more, "scheduler": {"class": "PNDMScheduler", "options": options}})
+    assert card_with_scores(one, redrawn, name="x").count("type: fid") == 1
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["# no metadata\n", "---\n{license: mit, tags: [a]}\n---\n", "---\r\na: 1 # why\r\n---\r\ntext\r\n",
+     "---\n# nothing\n---\n", "---\na: &b [1]\nmodel-index:\n- {name: &n x, results: []}\nc: *n\n---\n", ""],
+    ids=["none", "braces", "CRLF", "empty", "anchors", "nothing"],
+)  # fmt: skip
+def test_every_form_of_a_card_takes_scores_and_keeps_what_it_says(card: str) -> None:
+    made = card_with_scores(card, scored(17.0), name="x")
+    assert card_with_scores(made, scored(17.0), name="x") == made
+    assert card_with_scores(made, scored(18.0), name="x").replace("18.0", "17.0") == made
+    before, after = (yaml.safe_load(text.split("---")[1]) if "---" in text else {} for text in (card, made))
+    index = after.pop("model-index")
+    assert index[0]["results"][0]["metrics"][0]["value"] == 17.0
+    assert after == {key: value for key, value in (before or {}).items() if key != "model-index"}
+    if "\r" in card:
+        assert made.count("\n") == made.count("\r\n")
+        assert made.startswith("---\r\na: 1 # why\r\nmodel-index:")
 
 
 @pytest.mark.parametrize(
@@ -905,3 +1146,19 @@ def test_a_damaged_card_is_left_as_it_is(toy_folder: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="metadata cannot be read"):
         add_scores(tmp_path, score(toy_folder, ["toy"]).to_json())
     assert path.read_text() == "---\na: [\n---\n"
+
+
+def test_parity_fails_on_a_difference() -> None:
+    """make parity compares: what the libraries say now with the goldens, numbers up to rounding."""
+    text = (Path(__file__).parents[1] / "tools" / "parity.py").read_text("utf-8")
+    source = (
+        "from __future__ import annotations\nimport math\nTOLERANCE = 1e-5\n"
+        + text[text.index("def differences") : text.index("def declare_operators")]
+    )
+    names: dict[str, Any] = {}
+    exec(source, names)  # the script itself needs the libraries
+    differences = names["differences"]
+    before = {"a": [1.0, {"b": 2.0}], "versions": {"torch": "2"}}
+    assert list(differences(before, {"a": [1.0 + 1e-9, {"b": 2.0}], "versions": {"torch": "2"}})) == []
+    assert list(differences(before, {"a": [1.0, {"b": 2.1}], "versions": {"torch": "2"}})) == ["/a/1/b: 2.0 → 2.1"]
+    assert len(list(differences(before, {"a": [1.0], "versions": {"torch": "3"}}))) == 2

@@ -3,8 +3,9 @@
     make parity
 
 runs this in an environment of its own, where torch, torchvision, pytorch-fid, torch-fidelity, open_clip and hpsv2 are
-(parity-constraints.txt), and rewrites tests/goldens/scores.json; the tests compare this package with that file. What
-the seeds make is in tests/seeded.py, which both sides use.
+(parity-constraints.txt), and compares what they say with tests/goldens/scores.json: exit status 1 if a number differs
+by more than rounding. ``--write`` rewrites that file. The tests compare this package with it. What the seeds make is in
+tests/seeded.py, which both sides use.
 
 torchvision's compiled operators do not load beside a CPU build of torch; two are declared, none is called: what is
 used of it (its Inception, its transforms) is Python. hpsv2's wheel lacks the vocabulary that it reads when it is
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ LIBRARIES = (
     "ftfy",
 )
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+TOLERANCE = 1e-5
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -60,9 +64,29 @@ def main() -> None:
         goldens |= inception(folder) | distances() | clip(folder)
     del operators
     path = ROOT / "tests" / "goldens" / "scores.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(goldens, indent=1) + "\n", "utf-8")
-    sys.stdout.write(f"{path}\n")
+    if "--write" in sys.argv[1:]:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(goldens, indent=1) + "\n", "utf-8")
+        sys.stdout.write(f"{path}\n")
+        return
+    differ = list(differences(json.loads(path.read_text("utf-8")), json.loads(json.dumps(goldens))))
+    sys.stdout.write("\n".join(differ or ["no difference"]) + "\n")
+    sys.exit(1 if differ else 0)
+
+
+def differences(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Yield in words where two goldens differ: numbers by more than another machine's rounding, all else at all."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from differences(before.get(key), now.get(key), f"{place}/{key}")
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            yield from differences(*pair, f"{place}/{index}")
+    elif type(before) is float and type(now) is float:
+        if not math.isclose(before, now, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            yield f"{place}: {before} → {now}"
+    elif before != now:
+        yield f"{place}: {before!r} → {now!r}"
 
 
 def declare_operators() -> torch.library.Library:

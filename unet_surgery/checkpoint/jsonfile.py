@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from math import isinf
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +15,7 @@ from typing import Any, NoReturn
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.errors import SurgeryError, TeacherError, printable
 
-__all__ = ["MAX_JSON_BYTES", "kind_of", "parse_object", "read_object", "read_regular"]
+__all__ = ["MAX_JSON_BYTES", "kind_of", "open_regular", "parse_object", "read_object", "read_regular"]
 
 MAX_JSON_BYTES = 8 << 20
 SURROGATES = range(0xD800, 0xE000)
@@ -45,23 +48,35 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     Raises:
         TeacherError: it is something else, larger than ``max_bytes``, or cannot be read.
     """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise TeacherError(
+                "a file is implausibly large",
+                where=str(path),
+                expected=f"at most {max_bytes} bytes",
+                found=f"{size} bytes",
+            )
+        return file.read(max_bytes)
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file for reading: a FIFO is not waited for, a device not read.
+
+    Raises:
+        TeacherError: it is something else, or cannot be read, also within.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise TeacherError("a file cannot be read", where=str(path), found=error.strerror or str(error)) from error
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise TeacherError("this is not a regular file", where=str(path), found=kind_of(status.st_mode))
-        if status.st_size > max_bytes:
-            raise TeacherError(
-                "a file is implausibly large",
-                where=str(path),
-                expected=f"at most {max_bytes} bytes",
-                found=f"{status.st_size} bytes",
-            )
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise TeacherError("this is not a regular file", where=str(path), found=kind_of(mode))
         with open(fd, "rb", closefd=False) as file:
-            return file.read(max_bytes)
+            yield file
     except OSError as error:
         raise TeacherError("a file cannot be read", where=str(path), found=error.strerror) from error
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from unet_surgery.checkpoint import disk
 from unet_surgery.errors import OutputBusyError, OutputError, UsageError
 
-__all__ = ["check_apart", "check_space", "check_target", "write_target"]
+__all__ = ["check_apart", "check_new_file", "check_space", "check_target", "write_target"]
 
 SPARE_BYTES = 4 << 20
 SUFFIX = ".safetensors"
@@ -29,6 +29,21 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
         raise OutputError("the output is no file's name", where=str(target) or "--out", hint="choose another --out")
     if target.exists() and target.samefile(source):
         raise OutputError("the output is the input", where=str(target), hint="choose another --out")
+    check_new_file(target, force=force)
+    if target.suffix != SUFFIX:
+        raise UsageError(
+            "the output is not a safetensors file", where=str(target), expected=f"a name that ends in {SUFFIX}"
+        )
+
+
+def check_new_file(target: Path, *, force: bool) -> None:
+    """Check that a file may be written at ``target``, before the work that it is to hold: minutes, or hours.
+
+    Raises:
+        OutputError: it is a folder, it exists (without ``force``), or there is no folder for it.
+    """
+    if target.is_dir():
+        raise OutputError("the output is a folder", where=str(target), expected="a file, or nothing")
     if os.path.lexists(target) and not (force and target.is_file()):
         hint = "choose another --out, or --force to replace it" if target.is_file() else "choose another --out"
         raise OutputError("the output exists", where=str(target), hint=hint)
@@ -38,14 +53,10 @@ def check_target(target: Path, source: Path, *, force: bool) -> None:
             where=str(target.parent),
             hint=f"mkdir -p {target.parent}",
         )
-    if target.suffix != SUFFIX:
-        raise UsageError(
-            "the output is not a safetensors file", where=str(target), expected=f"a name that ends in {SUFFIX}"
-        )
 
 
-def write_target(target: Path, write: Callable[[int], None], *, force: bool) -> None:
-    """Write ``target`` by ``write``, which gets a descriptor: it is there whole afterwards, or as it was before.
+def write_target(target: Path, write: bytes | Callable[[int], None], *, force: bool) -> None:
+    """Write ``target``, bytes or by a function that gets a descriptor: it is there whole afterwards, or as it was.
 
     Raises:
         OutputError: it appeared meanwhile (without ``force``), another process is writing it, or the disk refuses.

@@ -70,9 +70,13 @@ def score(
     """
     import json
 
+    from unet_surgery.checkpoint.scorecard import add_scores, check_card
+    from unet_surgery.checkpoint.target import check_new_file, write_target
+
     if out is not None:
-        _refuse_early(out, force=force)
-    from unet_surgery.checkpoint.scorecard import add_scores
+        check_new_file(out, force=force)
+    if card is not None:
+        check_card(card)
     from unet_surgery.evaluate.score import score as run
 
     with progress_bar("scoring", quiet, of_bytes=False) as progress:
@@ -93,23 +97,12 @@ def score(
             progress=progress,
         )
     data = report.to_json()
+    show_json(data) if as_json else show(_table(report))  # first: hours of work are not lost to a full disk
     if out is not None:
-        from unet_surgery.checkpoint.disk import replace_file
-
-        replace_file(out, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), force=force)
+        write_target(out, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), force=force)
     if card is not None:
         add_scores(card, data)
-    show_json(data) if as_json else show(_table(report))
     _tell(report, quiet)
-
-
-def _refuse_early(out: Path, *, force: bool) -> None:
-    from unet_surgery.errors import OutputError
-
-    if out.exists() and not force:
-        raise OutputError("the output exists", where=str(out), hint="choose another --out, or --force to replace it")
-    if not out.parent.is_dir():
-        raise OutputError("the folder that should hold the output does not exist", where=str(out.parent))
 
 
 def _table(report: ScoreReport) -> Table:

@@ -6,6 +6,7 @@ Shapes: N pictures of a folder, B of a batch; pool3 features [N, 2048], logits [
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +47,15 @@ class Compute:
 
 @dataclass(slots=True)
 class Features:
-    """What the Inception network made of a folder: only what was asked for is there."""
+    """What the Inception network made of a folder: only what was asked for is there.
+
+    ``sha256`` is of the pictures' files, in the names' order.
+    """
 
     moments: Moments = field(default_factory=Moments)
     pool3_ND: NDArray[np.float32] | None = None
     logits_NC: torch.Tensor | None = None
+    sha256: str | None = None
 
 
 def inception_features(
@@ -71,8 +76,9 @@ def inception_features(
     kept_pool3: list[torch.Tensor] = []
     kept_logits: list[torch.Tensor] = []
     dtype = DTYPES[compute.dtype]
+    files = hashlib.sha256()
     with exact_arithmetic():
-        for batch_BHW3 in batches(pictures, compute.batch, decoders=compute.decoders):
+        for batch_BHW3 in batches(pictures, compute.batch, decoders=compute.decoders, on_file=files.update):
             batch_B3HW = torch.from_numpy(batch_BHW3).to(compute.device).permute(0, 3, 1, 2)
             if moments:
                 found.moments.add(_finite(net(resized(batch_B3HW, "pytorch-fid", dtype))))
@@ -87,6 +93,7 @@ def inception_features(
         found.pool3_ND = torch.cat(kept_pool3).numpy()
     if logits:
         found.logits_NC = torch.cat(kept_logits)
+    found.sha256 = files.hexdigest()
     return found
 
 

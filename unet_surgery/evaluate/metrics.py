@@ -11,22 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from unet_surgery.checkpoint.scorecard import SCORES_FORMAT
 from unet_surgery.errors import UsageError, printable
 from unet_surgery.version import __version__
 
-__all__ = ["FORMAT", "METRICS", "Metric", "Score", "ScoreReport", "chosen_metrics"]
+__all__ = ["METRICS", "Metric", "Score", "ScoreReport", "chosen_metrics"]
 
-FORMAT, FORMAT_VERSION = "unet-surgery-scores", 1
+FORMAT_VERSION = 1
 
 Network = Literal["inception", "clip", "hps", "hps-v2.1"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """``general`` is its name where the weights are not the published ones; ``error`` says what its ± is."""
+    """``general`` is its name where the weights are not the published ones; ``error`` says what its ± is.
+
+    ``label`` is its name where people read it.
+    """
 
     name: str
     general: str
+    label: str
+    lower_is_better: bool
     network: Network | None
     implementation: str
     resize: str | None
@@ -40,39 +46,46 @@ class Metric:
 
 
 CROPPED = "shorter side to the model's by PIL's bicubic, middle cut out"
-PADDED = "longer side to the model's, bicubic and antialiased in floating point, on black"
+PADDED = "longer side to the model's, bicubic and antialiased (as torchvision since 0.17) in floating point, on black"
 _HPS_ERROR = "standard deviation of the means of 80 pictures each"
 
 METRICS = {
     metric.name: metric
     for metric in (
         Metric(
-            "fid", "frechet-distance", "inception", "as pytorch-fid 0.3.0",
+            "fid", "frechet-distance", "FID", True,
+            "inception", "as pytorch-fid 0.3.0",
             "bilinear to 299×299, half-pixel centres, no antialiasing", "none", 2048, "moments",
         ),
         Metric(
-            "is", "exp-class-information", "inception", "as torch-fidelity 0.4.0, 10 splits, shuffled with seed 2020",
+            "is", "exp-class-information", "IS", False,
+            "inception", "as torch-fidelity 0.4.0, 10 splits, shuffled with seed 2020",
             "TensorFlow 1's bilinear to 299×299", "standard deviation over 10 splits", 10,
         ),
         Metric(
-            "kid", "kernel-distance", "inception",
+            "kid", "kernel-distance", "KID", True,
+            "inception",
             "as torch-fidelity 0.4.0, 100 subsets of 1000, cubic kernel, seed 2020",
             "TensorFlow 1's bilinear to 299×299", "standard deviation over 100 subsets", 1000, "pictures",
         ),
         Metric(
-            "clip", "caption-cosine", "clip", "mean cosine, as BK-SDM's script with open_clip", CROPPED,
+            "clip", "caption-cosine", "CLIP score", False,
+            "clip", "mean cosine, as BK-SDM's script with open_clip", CROPPED,
             "standard error of the mean", captions=True,
         ),
         Metric(
-            "hpsv2", "preference-cosine", "hps", "100 · mean cosine, as hpsv2 1.2.0 with its weights v2.0", PADDED,
+            "hpsv2", "preference-cosine", "HPSv2", False,
+            "hps", "100 · mean cosine, as hpsv2 1.2.0 under torchvision 0.17 or later, weights v2.0", PADDED,
             _HPS_ERROR, captions=True,
         ),
         Metric(
-            "hpsv2.1", "preference-cosine-v2.1", "hps-v2.1", "100 · mean cosine, as hpsv2 1.2.0 with its weights v2.1",
+            "hpsv2.1", "preference-cosine-v2.1", "HPSv2.1", False,
+            "hps-v2.1", "100 · mean cosine, as hpsv2 1.2.0 under torchvision 0.17 or later, weights v2.1",
             PADDED, _HPS_ERROR, captions=True,
         ),
         Metric(
-            "toy", "toy", None, "share of pictures that the toy world's checker passes", None, "95 % Wilson interval",
+            "toy", "toy", "share right", False,
+            None, "share of pictures that the toy world's checker passes", None, "95 % Wilson interval",
             captions=True,
         ),
     )
@@ -107,7 +120,7 @@ class ScoreReport:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": SCORES_FORMAT,
             "format_version": FORMAT_VERSION,
             "unet_surgery": __version__,
             "images": self.images,

@@ -5,6 +5,7 @@ Shapes: B batch; pictures are [B, height, width, 3].
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
@@ -18,10 +19,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from PIL import Image
 
-from unet_surgery.checkpoint.jsonfile import read_regular
+from unet_surgery.checkpoint.jsonfile import open_regular, read_regular
 from unet_surgery.data.captions import check_caption
 from unet_surgery.data.imagefolder import FolderSource, find_metadata
-from unet_surgery.data.pictures import MAX_PICTURE_BYTES, PictureLimits, decode_whole, size_of_picture
+from unet_surgery.data.pictures import FORMATS, MAX_PICTURE_BYTES, PictureLimits, decode_whole, size_of_picture
 from unet_surgery.data.reasons import BadSampleError
 from unet_surgery.errors import DataError, TeacherError, first_few, printable
 
@@ -30,9 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "PictureFolder", "batches", "captions_of", "survey"]
 
+# pytorch-fid's list: a folder has as many pictures here as there.
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 Found = TypeVar("Found")
 
+HEADER_BYTES = 64 << 10
+FINAL = ("bomb", "too-small", "extreme-aspect", "lfs-pointer", "html")
+"""Reasons that more of the file would not change."""
 LIMITS = PictureLimits(min_side=1, max_aspect=float("inf"))
 
 
@@ -40,17 +45,18 @@ LIMITS = PictureLimits(min_side=1, max_aspect=float("inf"))
 class Change:
     """What is done to every picture first: squeezed to ``side`` × ``side`` by PIL's bicubic filter, then JPEG.
 
-    ``jpeg`` is the quality with which it is stored and read again; None: it is not.
+    ``jpeg`` is the quality with which it is stored and read again; None: it is not. A picture whose file is ``grey``
+    stays so: JPEG stores it in another way than a colour picture of the same greys.
     """
 
     side: int | None = None
     jpeg: int | None = None
 
-    def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def __call__(self, picture: NDArray[np.uint8], *, grey: bool = False) -> NDArray[np.uint8]:
         if self.side is None and self.jpeg is None:
             return picture
         image = Image.fromarray(picture)
-        if (picture == picture[..., :1]).all():  # grey pictures stay so: JPEG stores them in another way
+        if grey:
             image = image.convert("L")
         if self.side is not None:
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
@@ -84,6 +90,8 @@ class PictureFolder:
 
 def survey(folder: Path, *, change: Change | None = None, decoders: int = 4) -> PictureFolder:
     """Return the pictures that lie in ``folder`` itself, by their names' order; only their headers are read.
+
+    A picture whose first 64 KB are not enough for that is read whole.
 
     Raises:
         DataError: there are none, or some cannot be read or are of another size than most (names the first few).
@@ -170,25 +178,27 @@ def batches(
     *,
     decoders: int = 4,
     each: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    on_file: Callable[[bytes], None] = lambda _digest: None,
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the pictures in order, uint8 [B, height, width, 3], decoded by threads ahead of what is asked for.
 
-    ``each`` is done to every picture in those threads.
+    ``each`` is done to every picture in those threads. ``on_file`` is called with each file's sha256, in order.
 
     Raises:
         DataError: pictures cannot be decoded; after the last batch before the first of them, all others having been
             tried, so that the error can say how many there are.
     """
 
-    def read(name: str) -> NDArray[np.uint8] | BadSampleError:
+    def read(name: str) -> tuple[NDArray[np.uint8], bytes] | BadSampleError:
         try:
-            picture = decode_whole(_bytes_of(pictures.folder / name), LIMITS)
+            data = _bytes_of(pictures.folder / name)
+            picture = decode_whole(data, LIMITS)
         except BadSampleError as error:
             return error
-        picture = pictures.change(picture)
+        picture = pictures.change(picture, grey=pictures.change.words is not None and _is_grey(data, picture))
         if picture.shape[:2] != (pictures.height, pictures.width):
             return BadSampleError("unreadable", "changed since it was looked at")
-        return picture if each is None else each(picture)
+        return picture if each is None else each(picture), hashlib.sha256(data).digest()
 
     broken: dict[str, BadSampleError] = {}
     ready: list[NDArray[np.uint8]] = []
@@ -196,7 +206,8 @@ def batches(
         if isinstance(found, BadSampleError):
             broken[name] = found
         elif not broken:
-            ready.append(found)
+            ready.append(found[0])
+            on_file(found[1])
             if len(ready) == batch:
                 yield np.stack(ready)
                 ready = []
@@ -232,9 +243,26 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
 
 def _size(path: Path) -> tuple[int, int] | BadSampleError:
     try:
+        with open_regular(path) as file:
+            start = file.read(HEADER_BYTES)
+        return size_of_picture(start, LIMITS)
+    except TeacherError as error:
+        return BadSampleError("unreadable", f"{error.what}: {error.found}")
+    except BadSampleError as error:
+        if error.reason in FINAL or len(start) < HEADER_BYTES:
+            return error
+    try:  # a header behind a large profile, or at the file's end, as TIFF may have it
         return size_of_picture(_bytes_of(path), LIMITS)
     except BadSampleError as error:
         return error
+
+
+def _is_grey(data: bytes, picture: NDArray[np.uint8]) -> bool:
+    """Tell whether a file that was decoded holds one channel; the file is asked only where its pixels are grey."""
+    if (picture != picture[..., :1]).any():
+        return False
+    with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        return image.mode == "L"
 
 
 def _bytes_of(path: Path) -> bytes:

@@ -9,42 +9,53 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from unet_surgery.sample.presets import PRESETS, Preset
+from unet_surgery.sample.schedulers import SCHEDULERS
+
 __all__ = ["MODELS", "PROTOCOL", "PublishedModel", "PublishedProtocol", "models_of_size"]
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedProtocol:
-    """How the pictures behind published scores were drawn and measured, as far as it is published."""
+    """How the pictures behind published scores were drawn and measured, as far as it is published.
 
+    ``preset`` draws them so; ``filter`` is what made them smaller.
+    """
+
+    preset: Preset
     source: str
     prompts: str
-    count: int
-    side: int
-    """Of the pictures that are scored; they are drawn at 512."""
-    scheduler: str
-    steps: int
-    guidance: float
-    seed: int
+    filter: str
     reference_count: int
     clip: str
+
+    @property
+    def count(self) -> int:
+        return self.preset.count
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that are scored."""
+        return self.preset.resize or self.preset.size
+
+    @property
+    def scheduler(self) -> str:
+        return SCHEDULERS[self.preset.scheduler].class_name
 
     def words(self) -> str:
         """Return the protocol in a line."""
         return (
-            f"{self.count:,} pictures of {self.side}×{self.side} for {self.prompts}, drawn at 512×512, "
-            f"{self.scheduler.removesuffix('Scheduler')} {self.steps} steps, guidance {self.guidance:g}"
+            f"{self.count:,} pictures of {self.side}×{self.side} for {self.prompts}, drawn at "
+            f"{self.preset.size}×{self.preset.size}, {self.scheduler.removesuffix('Scheduler')} {self.preset.steps} "
+            f"steps, guidance {self.preset.guidance:g}"
         )
 
 
 PROTOCOL = PublishedProtocol(
+    preset=PRESETS["mscoco30k"],  # its seed is of the repository's generate.py; the card says nothing of it
     source="BK-SDM, MODEL_CARD.md (github.com/Nota-NetsPresso/BK-SDM)",
     prompts="MS-COCO 2014 validation captions",
-    count=30_000,
-    side=256,
-    scheduler="PNDMScheduler",
-    steps=25,
-    guidance=7.5,
-    seed=1234,  # of the repository's generate.py; the card says nothing of it
+    filter="bicubic",
     reference_count=40_504,
     clip="ViT-g/14",
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.target import check_new_file
 from unet_surgery.data.shards import choose_device
-from unet_surgery.errors import DataError, OutputError, UsageError
+from unet_surgery.errors import DataError, UsageError
 from unet_surgery.evaluate.features import DTYPES, Compute, inception_features
 from unet_surgery.evaluate.inception import FidInception
 from unet_surgery.evaluate.metrics import METRICS
@@ -24,7 +25,10 @@ STATISTICS_SUFFIX = ".npz"
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Pictures or their statistics; ``resolution`` is (width, height)."""
+    """Pictures or their statistics; ``resolution`` is (width, height), ``told`` where only the caller says so.
+
+    ``sha256`` is of the statistics' file, or of the pictures' files in the names' order, once they were read.
+    """
 
     name: str
     resolution: tuple[int, int]
@@ -33,6 +37,7 @@ class Reference:
     sha256: str | None
     pictures: PictureFolder | None = None
     statistics: Statistics | None = None
+    told: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,6 +45,7 @@ class Reference:
             "sha256": self.sha256,
             "count": self.count,
             "resolution": list(self.resolution),
+            "resolution_is_told": self.told,
             "change": self.change,
         }
 
@@ -139,7 +145,8 @@ def open_reference(text: str | Path, resolution: int | None, *, decoders: int) -
     size = statistics.resolution or (resolution or 0, resolution or 0)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name = statistics.name or path.stem
-    return Reference(name, size, statistics.count, statistics.change, digest, statistics=statistics)
+    told = statistics.resolution is None
+    return Reference(name, size, statistics.count, statistics.change, digest, statistics=statistics, told=told)
 
 
 def check_enough(count: int, where: str) -> None:
@@ -172,9 +179,4 @@ def _check_output(path: Path, *, force: bool) -> None:
     """Refuse early, before minutes of work."""
     if path.suffix != STATISTICS_SUFFIX:
         raise UsageError("statistics are written to a file .npz", found=str(path))
-    if path.is_dir():
-        raise OutputError("the output path is a folder", where=str(path), expected="a file, or nothing")
-    if path.exists() and not force:
-        raise OutputError("the output exists", where=str(path), hint="choose another --out, or --force to replace it")
-    if not path.parent.is_dir():
-        raise OutputError("the folder that should hold the output does not exist", where=str(path.parent))
+    check_new_file(path, force=force)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,25 @@ from typing import Any
 import numpy as np
 
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.data.shards import choose_device
 from unet_surgery.errors import DataError, SurgeryError, UsageError, printable
 from unet_surgery.evaluate.clip import Fit, load_clip
 from unet_surgery.evaluate.features import Compute, Features, caption_cosines, inception_features
 from unet_surgery.evaluate.frechet import frechet_distance
-from unet_surgery.evaluate.kernel import SUBSET_SIZE, kernel_distance
-from unet_surgery.evaluate.metrics import Metric, Score, ScoreReport, chosen_metrics
+from unet_surgery.evaluate.kernel import kernel_distance
+from unet_surgery.evaluate.metrics import METRICS, Metric, Score, ScoreReport, chosen_metrics
 from unet_surgery.evaluate.pictures import PictureFolder, batches, captions_of, survey
 from unet_surgery.evaluate.reference import Reference, check_enough, load_inception, open_reference
 from unet_surgery.evaluate.spread import inception_score
 from unet_surgery.evaluate.toy import check_toy, shares, verdicts
 from unet_surgery.evaluate.weights import CLIP, HPS, HPS_V21, Known, Weights, find_inception, find_weights
+from unet_surgery.sample.generated import GENERATION_FILE, UNFINISHED, read_generation
 from unet_surgery.sample.interval import wilson
+from unet_surgery.toyworld.checker import Verdict
 from unet_surgery.version import __version__
 
 __all__ = ["score"]
 
-GENERATION_FILE = "generation.json"
-GENERATION_FORMAT = "unet-surgery-generation"
-UNFINISHED = ".unfinished"
 FEW_PICTURES = 10_000
 CHUNK = 80  # pictures of which hpsv2 takes means, for its standard deviation
 
@@ -83,7 +81,7 @@ def score(
     of pictures or a file of statistics (``fid``; ``kid`` needs a folder); ``reference_resolution`` is the side of its
     pictures, where statistics do not record it. ``inception``, ``clip`` and ``hps`` are paths to weights; without them
     PyTorch's cache is looked into, or the Hub is asked. ``progress`` is called with pictures done and in all, of all
-    networks. A metric for which the pictures are too few is refused, and the others go on.
+    networks. A metric for which the pictures, or the reference's, are too few is refused, and the others go on.
 
     Raises:
         UsageError: an argument has a wrong value, or a metric lacks what it needs.
@@ -95,11 +93,15 @@ def score(
     _check_arguments(chosen, reference, reference_resolution)
     pictures = survey(Path(images), decoders=decoders)
     generation = _generation(pictures)
-    kept, refused = _without_too_small(chosen, pictures)
+    kept, refused = _without(chosen, _small(chosen, len(pictures), str(pictures.folder)))
     captions = captions_of(pictures) if any(metric.captions for metric in kept) else []
     if any(metric.name == "toy" for metric in kept):
         check_toy(pictures, captions)
     compared = _reference(kept, reference, reference_resolution, pictures, decoders)
+    if compared is not None:
+        kept, too_few = _without(kept, _small_reference(kept, compared, str(reference)))
+        refused |= {name: f"of the reference, {why}" for name, why in too_few.items()}
+        compared = compared if any(metric.reference != "none" for metric in kept) else None
     weights = _weights(kept, inception=inception, clip=clip, hps=hps, tokenizer=tokenizer, sha256=weights_sha256)
     if compared is not None and compared.statistics is not None and "inception" in weights:
         _check_same_network(compared, weights["inception"])
@@ -111,7 +113,7 @@ def score(
         _images(pictures, generation),
         tuple(scores[metric.name] for metric in kept),
         refused,
-        tuple(_warnings(kept, pictures)),
+        tuple(_warnings(job)),
     )
 
 
@@ -136,18 +138,10 @@ def _check_arguments(chosen: Sequence[Metric], reference: str | Path | None, res
 
 def _generation(pictures: PictureFolder) -> dict[str, Any] | None:
     """Return what generation.json says, if there is one, after comparing it with what lies there."""
-    if (pictures.folder / UNFINISHED).exists():
-        raise DataError(
-            "this folder is not finished: pictures are still being drawn, or the run was stopped",
-            where=str(pictures.folder),
-            hint="give the same unet-surgery generate again; it goes on",
-        )
     path = pictures.folder / GENERATION_FILE
-    if not path.exists():
+    if not path.exists() and not (pictures.folder / UNFINISHED).exists():
         return None
-    found = read_object(path)
-    if found.get("format") != GENERATION_FORMAT:
-        raise DataError("this is no generation.json of unet-surgery", where=str(path))
+    found = read_generation(pictures.folder)
     told = (found.get("images"), found.get("width"), found.get("height"))
     real = (len(pictures), pictures.width, pictures.height)
     if told != real:
@@ -160,33 +154,39 @@ def _generation(pictures: PictureFolder) -> dict[str, Any] | None:
     return found
 
 
-def _without_too_small(chosen: Sequence[Metric], pictures: PictureFolder) -> tuple[tuple[Metric, ...], dict[str, str]]:
-    """Return the metrics that so many pictures are enough for, and for the others why not.
+def _without(chosen: Sequence[Metric], errors: Mapping[str, SurgeryError]) -> tuple[tuple[Metric, ...], dict[str, str]]:
+    """Return the metrics that have no error, and for the others in words why not.
 
     Raises:
-        DataError: they are enough for none.
+        DataError: all have one.
     """
-    errors: dict[str, SurgeryError] = {}
-    for metric in chosen:
-        if len(pictures) < metric.min_pictures:
-            errors[metric.name] = _too_few(metric, pictures)
     kept = tuple(metric for metric in chosen if metric.name not in errors)
     if not kept:
         raise next(iter(errors.values()))
     return kept, {name: f"{error.what}: {error.found} of {error.expected}" for name, error in errors.items()}
 
 
-def _too_few(metric: Metric, pictures: PictureFolder) -> SurgeryError:
+def _small(metrics: Sequence[Metric], count: int, where: str) -> dict[str, SurgeryError]:
+    """Return the metrics that so many pictures are not enough for, and the error of each."""
+    return {metric.name: _too_few(metric, count, where) for metric in metrics if count < metric.min_pictures}
+
+
+def _small_reference(kept: Sequence[Metric], reference: Reference, where: str) -> dict[str, SurgeryError]:
+    comparing = [metric for metric in kept if metric.reference != "none"]
+    return {} if reference.count is None else _small(comparing, reference.count, where)
+
+
+def _too_few(metric: Metric, count: int, where: str) -> SurgeryError:
     if metric.name == "fid":
         try:
-            check_enough(len(pictures), str(pictures.folder))
+            check_enough(count, where)
         except DataError as error:
             return error
     return DataError(
         f"too few pictures for {metric.name}",
-        where=str(pictures.folder),
+        where=where,
         expected=f"{metric.min_pictures:,} or more",
-        found=f"{len(pictures):,}",
+        found=f"{count:,}",
     )
 
 
@@ -203,15 +203,6 @@ def _reference(
             expected=f"{pictures.width}×{pictures.height}, as {pictures.folder} has",
             found=f"{found.resolution[0]}×{found.resolution[1]}",
             hint="unet-surgery stats --resize brings a reference to one size",
-        )
-    if any(metric.name == "fid" for metric in kept) and found.count is not None:
-        check_enough(found.count, str(text))
-    if any(metric.name == "kid" for metric in kept) and (found.count or 0) < SUBSET_SIZE:
-        raise DataError(
-            "the reference has too few pictures for kid",
-            where=str(text),
-            expected=f"{SUBSET_SIZE:,} or more",
-            found=f"{found.count:,}",
         )
     return found
 
@@ -277,6 +268,7 @@ def _inception_scores(job: _Job) -> list[Score]:
     others = Features()
     if job.reference is not None and job.reference.pictures is not None:
         others = inception_features(net, job.reference.pictures, job.compute, moments=fid, pool3=kid)
+        job = replace(job, reference=replace(job.reference, sha256=others.sha256))
     scores = []
     if fid:
         assert job.reference is not None
@@ -326,9 +318,10 @@ def _of_cosines(job: _Job, metric: Metric, cosines_N: Any) -> Score:
 
 
 def _toy_score(job: _Job) -> Score:
-    drawn = list(batches(job.pictures, job.compute.batch, decoders=job.compute.decoders))
-    found = verdicts(np.concatenate(drawn), job.captions)
-    job.compute.step(len(found))
+    found: list[Verdict] = []
+    for batch_BHW3 in batches(job.pictures, job.compute.batch, decoders=job.compute.decoders):
+        found += verdicts(batch_BHW3, job.captions[len(found) : len(found) + len(batch_BHW3)])
+        job.compute.step(len(batch_BHW3))
     right = sum(verdict.right for verdict in found)
     attributes = {"attributes": shares(found)}
     return _score(job, "toy", right / len(found), None, interval=wilson(right, len(found)), more=attributes)
@@ -385,11 +378,22 @@ def _images(pictures: PictureFolder, generation: dict[str, Any] | None) -> dict[
     }
 
 
-def _warnings(kept: Sequence[Metric], pictures: PictureFolder) -> list[str]:
-    if len(pictures) >= FEW_PICTURES or not any(metric.name == "fid" for metric in kept):
-        return []
-    told = (
-        f"{len(pictures):,} pictures are few: the Fréchet distance of a sample lies above that of what it is drawn "
-        "from, the more the smaller it is; compare it with numbers of the same count only"
-    )
-    return [told]
+def _warnings(job: _Job) -> list[str]:
+    """Return what a reader of the scores has to know beside them."""
+    told = []
+    for name, weights in job.weights.items():
+        if name in CLIPS and not weights.published:
+            told.append(f"{name} is called {METRICS[name].called(published=False)}: {weights.why}")
+    if not job.wants("fid"):
+        return told
+    for what, count in (("pictures", len(job.pictures)), ("pictures in the reference", _reference_count(job))):
+        if count is not None and count < FEW_PICTURES:
+            told.append(
+                f"{count:,} {what} are few: the Fréchet distance of a sample lies above that of what it is drawn "
+                "from, the more the smaller it is; compare it with numbers of the same count only"
+            )
+    return told
+
+
+def _reference_count(job: _Job) -> int | None:
+    return None if job.reference is None else job.reference.count

@@ -1,7 +1,7 @@
 """The weights that scores are defined by: which are the published ones, where they are found, and reading them safely.
 
-A score has its name only with the published weights. They are known by their sha256, or by where they came from: a
-file of their own repository, compared with the hash that the Hub names.
+A score has its name only with the published weights. They are known by their sha256; where that is not written down
+here, by the hash that the Hub names of the file at the commit that is, which needs a network for a file given by path.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from unet_surgery.checkpoint.foreign import recognise
+from unet_surgery.checkpoint.jsonfile import open_regular
 from unet_surgery.errors import HubError, TeacherError, first_few, printable
-from unet_surgery.hub.weightfile import HubFiles, fetch_files, torch_hub_file
+from unet_surgery.hub.weightfile import fetch_files, named_sha256, torch_hub_file
 
 __all__ = ["CLIP", "HPS", "HPS_V21", "INCEPTION", "Known", "Weights", "find_inception", "find_weights", "read_tensors"]
 
@@ -34,7 +35,8 @@ class Known:
     """Published weights: what they are called, where they are, the option that takes a path to them.
 
     ``files`` are what the repository may call them, the first being preferred; ``beside`` are small files that are
-    fetched with them, from ``beside_repository`` if that is another.
+    fetched with them, from ``beside_repository`` if that is another. ``revision`` is the commit that holds them (None:
+    the main branch), ``sha256`` the hash of the first of ``files``.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Known:
     address: str
     sha256: str | None = None
     repository: str | None = None
+    revision: str | None = None
     files: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     beside_repository: str | None = None
@@ -49,7 +52,9 @@ class Known:
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+HPS_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
+"""Of xswu/HPSv2, with both files: the snapshot that hpsv2 1.2.0 left in the caches of those who used it."""
 
 INCEPTION = Known(
     "pt_inception-2015-12-05-6726825d.pth",
@@ -62,6 +67,7 @@ CLIP = Known(
     "laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
     "--clip",
     "https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
+    sha256="9ef136f407986fb607cd37a823eba38a3b6f95e8ec702b3d1687252985d84750",  # its blob's name in the Hub's cache
     repository="laion/CLIP-ViT-g-14-laion2B-s34B-b88K",
     files=OPEN_CLIP_FILES,
     beside=(OPEN_CLIP_CONFIG, *TOKENIZER_FILES),
@@ -69,8 +75,9 @@ CLIP = Known(
 HPS = Known(
     "xswu/HPSv2: HPS_v2_compressed.pt",
     "--hps",
-    "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2_compressed.pt",
+    "https://huggingface.co/xswu/HPSv2/resolve/697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2_compressed.pt",
     repository="xswu/HPSv2",
+    revision=HPS_COMMIT,
     files=("HPS_v2_compressed.pt",),
     beside=TOKENIZER_FILES,
     beside_repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -78,8 +85,9 @@ HPS = Known(
 HPS_V21 = Known(
     "xswu/HPSv2: HPS_v2.1_compressed.pt",
     "--hps",
-    "https://huggingface.co/xswu/HPSv2/resolve/main/HPS_v2.1_compressed.pt",
+    "https://huggingface.co/xswu/HPSv2/resolve/697403c78157020a1ae59d23f111aa58ced35b0a/HPS_v2.1_compressed.pt",
     repository="xswu/HPSv2",
+    revision=HPS_COMMIT,
     files=("HPS_v2.1_compressed.pt",),
     beside=TOKENIZER_FILES,
     beside_repository="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
@@ -88,13 +96,17 @@ HPS_V21 = Known(
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A file of weights on this machine; ``folders`` are where the files that belong to it may lie."""
+    """A file of weights on this machine; ``folders`` are where the files that belong to it may lie.
+
+    ``why`` says in words why it does not count as published, where it does not.
+    """
 
     path: Path
     name: str
     sha256: str
     published: bool
     folders: tuple[Path, ...] = field(default=())
+    why: str = "its weights are not the published ones"
 
     def beside(self, name: str) -> Path | None:
         """Return a file that belongs to the weights, None where there is none."""
@@ -132,7 +144,8 @@ def find_inception(path: str | Path | None, *, sha256: str | None = None) -> Wei
 def find_weights(known: Known, path: str | Path | None, *, tokenizer: str | Path | None = None) -> Weights:
     """Find weights at ``path`` (a file, or the folder that holds them), else in their repository on the Hub.
 
-    ``tokenizer`` is a folder with the tokenizer's files, where they do not lie beside the weights.
+    ``tokenizer`` is a folder with the tokenizer's files, where they do not lie beside the weights. A file at ``path``
+    is the published one if its sha256 is written down here, or the Hub names it, where it can be asked.
 
     Raises:
         TeacherError: there is no such file at ``path``.
@@ -141,10 +154,13 @@ def find_weights(known: Known, path: str | Path | None, *, tokenizer: str | Path
     own = () if tokenizer is None else (Path(tokenizer),)
     if path is not None:
         file = _file_at(known, Path(path))
-        return Weights(file, file.name, _digest(file), False, (*own, file.parent))
+        digest = _digest(file)
+        why = _why_not(known, digest)
+        return Weights(file, file.name if why else known.name, digest, not why, (*own, file.parent), why)
     assert known.repository is not None
     try:
-        files = fetch_files(known.repository, known.files, () if known.beside_repository else known.beside)
+        others = () if known.beside_repository else known.beside
+        files = fetch_files(known.repository, known.files, others, revision=known.revision)
         folders = (*own, files.folder)
         if known.beside_repository is not None and tokenizer is None:
             folders += (fetch_files(known.beside_repository, known.beside[:1], known.beside[1:]).folder,)
@@ -154,13 +170,31 @@ def find_weights(known: Known, path: str | Path | None, *, tokenizer: str | Path
             where=known.address,
             expected=" or ".join(known.files),
             found=error.found,
-            hint=f"fetch them where there is a network, and give {known.option} PATH",
+            hint=f"where there is a network: {_by_hand(known)}, and bring the Hub's cache; or give {known.option} PATH",
         ) from error
-    return Weights(_first(files), known.name, _digest(_first(files)), True, folders)
+    file = files.folder / files.names[0]
+    digest = _digest(file)  # the Hub's own hash of it was compared when it came
+    other = known.sha256 is not None and files.names[0] == known.files[0] and digest != known.sha256
+    why = f"its repository holds another file than was published, sha256 {digest}" if other else ""
+    return Weights(file, known.name, digest, not why, folders, why)
 
 
-def _first(files: HubFiles) -> Path:
-    return files.folder / files.names[0]
+def _by_hand(known: Known) -> str:
+    words = ["hf download", str(known.repository), known.files[0]]
+    return " ".join([*words, *(["--revision", known.revision] if known.revision else [])])
+
+
+def _why_not(known: Known, digest: str) -> str:
+    """Return in words why a file of this hash does not count as published; empty where it does."""
+    if digest == known.sha256:
+        return ""
+    assert known.repository is not None
+    named = named_sha256(known.repository, known.files, revision=known.revision)
+    if digest in named:
+        return ""
+    if not named and known.sha256 is None:
+        return "its weights could not be compared with the published ones, whose hash only the Hub names"
+    return "its weights are not the published ones"
 
 
 def _file_at(known: Known, path: Path) -> Path:
@@ -179,11 +213,8 @@ def _file_at(known: Known, path: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TeacherError("the weights cannot be read", where=str(path), found=error.strerror) from error
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

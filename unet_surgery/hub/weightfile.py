@@ -11,7 +11,9 @@ from unet_surgery.errors import HubError
 from unet_surgery.hub.download import cached_file, download
 from unet_surgery.hub.repository import look_up
 
-__all__ = ["HubFiles", "fetch_files", "torch_hub_file"]
+__all__ = ["HubFiles", "fetch_files", "named_sha256", "torch_hub_file"]
+
+ASK_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,22 @@ def torch_hub_file(*names: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def fetch_files(repository: str, one_of: Sequence[str], others: Sequence[str] = ()) -> HubFiles:
-    """Fetch the first of ``one_of`` that the repository has, and those of ``others`` that it has.
+def named_sha256(repository: str, names: Sequence[str], *, revision: str | None = None) -> frozenset[str]:
+    """Return the hashes that the Hub names of those files of a repository; none where it cannot be asked at once."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=ASK_SECONDS)
+    except Exception:  # noqa: BLE001  # whatever keeps the answer away, the client's own exceptions among it
+        return frozenset()
+    found = (sibling.lfs.sha256 for sibling in info.siblings or () if sibling.rfilename in names and sibling.lfs)
+    return frozenset(sha256 for sha256 in found if isinstance(sha256, str))
+
+
+def fetch_files(
+    repository: str, one_of: Sequence[str], others: Sequence[str] = (), *, revision: str | None = None
+) -> HubFiles:
+    """Fetch the first of ``one_of`` that the repository has at ``revision``, and those of ``others`` that it has.
 
     Each is compared with the Hub's hash of it. Without a network, what the Hub's cache holds is taken.
 
@@ -43,7 +59,7 @@ def fetch_files(repository: str, one_of: Sequence[str], others: Sequence[str] = 
         HubError: the Hub refuses or cannot be reached, or the repository has none of ``one_of``.
         OutputError: the cache cannot be written or has no room.
     """
-    found = look_up(repository, None)
+    found = look_up(repository, revision)
 
     def is_there(name: str) -> bool:
         return cached_file(found, name) is not None if found.files is None else name in found.files

@@ -59,6 +59,13 @@ class Scheduler(_Read):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class Stream(_Read):
+    """Of ``--seeding stream``: what the noise of a picture depends on."""
+
+    batch: Count
+    device: Text
+
+
 class Generation(_Read):
     """generation.json."""
 
@@ -77,6 +84,7 @@ class Generation(_Read):
     negative: Text = ""
     seed: int
     seeding: Text | None = None
+    stream: Stream | None = None
     strength: float | None = None
     init: Any = None
     masks: Any = None

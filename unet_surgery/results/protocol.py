@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from unet_surgery.checkpoint.drawing import sampler_options
+from unet_surgery.evaluate.metrics import METRICS
 from unet_surgery.evaluate.published import PROTOCOL
 from unet_surgery.results.formats import Generation, Images, Score
 
@@ -24,14 +26,16 @@ __all__ = [
     "unlike_published",
 ]
 
-SAMPLER_OPTIONS = ("timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas", "eta")
+SAID = ("timestep_spacing", "algorithm_type", "solver_order", "use_karras_sigmas", "eta")
+"""Options of a sampler that are said of each table; the others are where they differ."""
+OPTION = "sampler option "
+"""What the names of a sampler's options begin with, so that they are no other setting's."""
 HASH_DIGITS = 8
 UNKNOWN = "not recorded"
 FORMS = {
     "pictures": "{} pictures",
     "size": "{} pixels",
     "scheduler": "{}",
-    "sampler options": "{}",
     "steps": "{} steps",
     "noise": "{} noise",
     "implementation": "{}",
@@ -40,38 +44,22 @@ FORMS = {
 }
 """How a setting's value is said where its name before it would not do."""
 
-NAMES = {
-    "fid": "FID",
-    "is": "IS",
-    "kid": "KID",
-    "clip": "CLIP score",
-    "hpsv2": "HPSv2",
-    "hpsv2.1": "HPSv2.1",
-    "toy": "share right",
-}
+NAMES: Mapping[str, str] = {metric.name: metric.label for metric in METRICS.values()}
 LOWER_IS_BETTER: Mapping[str, bool] = {
-    "fid": True,
-    "kid": True,
-    "frechet-distance": True,
-    "kernel-distance": True,
-    "is": False,
-    "clip": False,
-    "hpsv2": False,
-    "hpsv2.1": False,
-    "toy": False,
-    "caption-cosine": False,
-    "preference-cosine": False,
-    "preference-cosine-v2.1": False,
-    "exp-class-information": False,
+    name: metric.lower_is_better for metric in METRICS.values() for name in (metric.name, metric.general)
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value in words, and what must be equal where it is the same: a hash, where there is one."""
+    """A value in words, and what must be equal where it is the same: a hash, where there is one.
+
+    ``quiet`` is one that is said only where it differs.
+    """
 
     words: str
     identity: str
+    quiet: bool = False
 
 
 def drawn_as(images: Images | Generation) -> dict[str, Setting]:
@@ -81,22 +69,21 @@ def drawn_as(images: Images | Generation) -> dict[str, Setting]:
     generation = images.generation if isinstance(images, Images) else images
     if generation is None:
         return told | _plain({"how they were drawn": UNKNOWN})
-    options = generation.scheduler.options
     drawn = (generation.drawn_width or images.width, generation.drawn_height or images.height)
     told["prompts"] = _named(generation.prompts.name, generation.prompts.sha256)
     for name, value in (("drawn from", generation.init), ("masks", generation.masks)):
         if value is not None:
             told[name] = Setting("pictures", str(value))
+    told |= _plain({"scheduler": generation.scheduler.class_name.removesuffix("Scheduler")})
+    for name, value in sampler_options(generation.scheduler.options).items():
+        told[f"{OPTION}{name}"] = Setting(str(value), str(value), quiet=name not in SAID)
     return told | _plain(
         {
-            "scheduler": generation.scheduler.class_name.removesuffix("Scheduler"),
-            "sampler options": ", ".join(
-                f"{k} {options[k]}" for k in SAMPLER_OPTIONS if options.get(k) not in (None, "")
-            ),
             "steps": str(generation.steps),
             "guidance": f"{generation.guidance:g}",
             "seed": str(generation.seed),
             "noise": generation.seeding or "keyed",
+            "stream": _stream(generation),
             "negative prompt": generation.negative,
             "drawn at": "" if drawn == (images.width, images.height) else f"{drawn[0]}×{drawn[1]}",
             "resized by": generation.resize or "",
@@ -136,9 +123,9 @@ def in_words(settings: Mapping[str, Setting], leave_out: Iterable[str] = ()) -> 
     """Return the settings that say something in a line."""
     left = set(leave_out)
     return ", ".join(
-        FORMS.get(name, f"{name} {{}}").replace("{}", setting.words)
+        FORMS.get(name, f"{name.removeprefix(OPTION)} {{}}").replace("{}", setting.words)
         for name, setting in settings.items()
-        if setting.words and name not in left
+        if setting.words and name not in left and not setting.quiet
     )
 
 
@@ -149,33 +136,54 @@ def changed(before: Mapping[str, Setting], now: Mapping[str, Setting]) -> str:
         name for name in {**before, **now} if before.get(name, nothing).identity != now.get(name, nothing).identity
     ]
     return ", ".join(
-        f"{name} {before.get(name, nothing).words or 'none'} → {now.get(name, nothing).words or 'none'}"
+        f"{name.removeprefix(OPTION)} {before.get(name, nothing).words or 'none'} → "
+        f"{now.get(name, nothing).words or 'none'}"
         for name in names
     )
 
 
 def unlike_published(images: Images, score: Score) -> list[str]:
-    """Return in words each way in which a score was not made as the published ones; none: they share an axis."""
+    """Return in words each way in which a score was not made as the published ones; none: they share an axis.
+
+    The kind of noise makes no difference: theirs is one stream of a GPU's generator, which no two machines share, and
+    the preset leaves it open. The prompts' hash is not published; their number is compared, and the preset's name.
+    """
     generation = images.generation
     if generation is None:
         return ["how the pictures were drawn is not recorded"]
+    preset = PROTOCOL.preset
     drawn = (generation.drawn_width or images.width, generation.drawn_height or images.height)
-    scheduler = generation.scheduler.class_name
+    count = generation.prompts.count
     pairs = [
         ("pictures", f"{PROTOCOL.count:,}", f"{score.protocol.count:,}"),
+        ("prompts", f"{PROTOCOL.count:,}", f"{PROTOCOL.count if count is None else count:,}"),
         ("size", f"{PROTOCOL.side}×{PROTOCOL.side}", f"{images.width}×{images.height}"),
-        ("drawn at", "512×512", f"{drawn[0]}×{drawn[1]}"),
-        ("scheduler", PROTOCOL.scheduler, scheduler),
-        ("steps", str(PROTOCOL.steps), str(generation.steps)),
-        ("guidance", f"{PROTOCOL.guidance:g}", f"{generation.guidance:g}"),
-        ("seed", str(PROTOCOL.seed), str(generation.seed)),
+        ("drawn at", f"{preset.size}×{preset.size}", f"{drawn[0]}×{drawn[1]}"),
+        ("resized by", PROTOCOL.filter, generation.resize or "none"),
+        ("JPEG", _quality(preset.jpeg), _quality(generation.jpeg)),
+        ("scheduler", PROTOCOL.scheduler, generation.scheduler.class_name),
+        ("steps", str(preset.steps), str(generation.steps)),
+        ("guidance", f"{preset.guidance:g}", f"{generation.guidance:g}"),
+        ("seed", str(preset.seed), str(generation.seed)),
         ("negative prompt", "", generation.negative),
-        ("preset", "mscoco30k", generation.preset or "none"),
+        ("strength", "", "" if generation.strength is None else f"{generation.strength:g}"),
+        ("drawn from", "", "" if generation.init is None else "pictures"),
+        ("preset", preset.name, generation.preset or "none"),
     ]
     reference = score.protocol.reference
     if score.metric == "fid" and reference is not None and reference.count is not None:
         pairs.append(("pictures of the reference", f"{PROTOCOL.reference_count:,}", f"{reference.count:,}"))
     return [f"{name} {ours} instead of {theirs or 'none'}" for name, theirs, ours in pairs if ours != theirs]
+
+
+def _quality(jpeg: int | None) -> str:
+    return "none" if jpeg is None else f"quality {jpeg}"
+
+
+def _stream(generation: Generation) -> str:
+    """Return what a picture of one stream of noise depends on, beside its number."""
+    stream = generation.stream
+    return "" if stream is None else f"of batches of {stream.batch}, on {stream.device}"
 
 
 def _plain(values: Mapping[str, str]) -> dict[str, Setting]:

@@ -20,17 +20,19 @@ from typing import Any
 
 from unet_surgery.checkpoint.check import read_plan
 from unet_surgery.checkpoint.jsonfile import parse_object, read_object, read_regular
+from unet_surgery.checkpoint.scorecard import SCORES_FORMAT
 from unet_surgery.checkpoint.student import PLAN, TRAINING
 from unet_surgery.distill.metrics import FEATURE, METRICS, sum_of_features, term
 from unet_surgery.errors import DataError, SurgeryError, TeacherError, UsageError, printable
 from unet_surgery.lower import PLAN_FORMAT, SurgeryPlan
 from unet_surgery.results.formats import MAX_LINES, Bench, Generation, Scores, Training, parsed
+from unet_surgery.sample.generated import FORMAT as GENERATION_FORMAT
+from unet_surgery.sample.generated import GENERATION_FILE, METADATA_FILE, UNFINISHED, read_generation
 
 __all__ = ["Benched", "Drawn", "Finding", "Run", "Scored", "Surgery", "look"]
 
 MAX_JSON_BYTES = 64 << 20
 MAX_METRICS_BYTES = 256 << 20
-GENERATION, METADATA, UNFINISHED = "generation.json", "metadata.csv", ".unfinished"
 STUDENT = "student"
 EXPECTED = (
     "a pruned or distilled student, a distill run, a folder of unet-surgery generate, "
@@ -106,7 +108,7 @@ def look(path: str | Path, *, max_rows: int) -> Finding:
 
 
 def _folder(path: Path, max_rows: int) -> Finding:
-    if (path / GENERATION).exists() or (path / UNFINISHED).is_dir():
+    if (path / GENERATION_FILE).exists() or (path / UNFINISHED).is_dir():
         return _drawn(path, max_rows)
     if (path / METRICS).exists():
         return _run(path)
@@ -122,11 +124,11 @@ def _file(path: Path, max_rows: int) -> Finding:
         return _run(path.parent)
     data = _object(path)
     match data.get("format"):
-        case "unet-surgery-scores":
+        case found if found == SCORES_FORMAT:
             return Scored(path.stem, parsed(Scores, data, path))
         case "unet-surgery-bench":
             return Benched(path.stem, parsed(Bench, data, path))
-        case "unet-surgery-generation":
+        case found if found == GENERATION_FORMAT:
             return _drawn(path.parent, max_rows)
         case "unet-surgery-training":
             return _trained(path.parent)
@@ -224,17 +226,8 @@ def _made_run(
 
 
 def _drawn(folder: Path, max_rows: int) -> Drawn:
-    path = folder / GENERATION
-    if not path.exists():
-        raise DataError(
-            "the pictures in this folder are not all drawn yet",
-            where=str(folder),
-            hint="run the same unet-surgery generate command again: it goes on where it was",
-        )
-    data = _object(path)
-    if data.get("format") != "unet-surgery-generation":
-        raise DataError("this is no generation.json of unet-surgery", where=str(path))
-    return Drawn(_name(folder), folder, parsed(Generation, data, path), _captions(folder / METADATA, max_rows))
+    generation = parsed(Generation, read_generation(folder), folder / GENERATION_FILE)
+    return Drawn(_name(folder), folder, generation, _captions(folder / METADATA_FILE, max_rows))
 
 
 def _captions(path: Path, max_rows: int) -> list[tuple[str, str]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.staging import Staging
-from unet_surgery.errors import MissingExtraError, OutputBusyError, OutputError, UsageError
+from unet_surgery.checkpoint.target import check_new_file, write_target
+from unet_surgery.errors import MissingExtraError, OutputError, UsageError
 
 __all__ = ["MAX_INPUTS", "MAX_ROWS", "ReportResult", "report"]
 
@@ -69,9 +70,15 @@ def report(
     data = text.encode()
     svgs = [(section.heading, svg) for section in sections if (svg := plot_svg(section)) is not None]
     plots = {} if plots_folder is None else _converted(svgs)
-    written = [] if plots_folder is None else _write_plots(plots_folder, plots, force=force)
-    _write_page(out, data, force=force)
-    return ReportResult(out, len(data), written, composed.left_out)
+    if plots_folder is None:
+        write_target(out, data, force=force)
+        return ReportResult(out, len(data), [], composed.left_out)
+    with Staging(plots_folder, replace=_refuse_others if force else None) as staging:
+        for name, plot in plots.items():
+            disk.write_file(staging.folder / name, plot)
+        write_target(out, data, force=force)  # the plots' old folder stays if the page cannot be written
+        staging.commit()
+    return ReportResult(out, len(data), [plots_folder / name for name in plots], composed.left_out)
 
 
 def _place(path: str | Path) -> str:
@@ -89,11 +96,7 @@ def _check(inputs: Sequence[str | Path], out: Path, png: Path | None, *, rows: i
         raise UsageError("rows is out of range", expected=f"1 to {MAX_ROWS}", found=str(rows))
     if out.suffix not in (".html", ".htm"):
         raise UsageError("the page is HTML", where=str(out), expected="a file .html")
-    if os.path.lexists(out) and not (force and out.is_file()):
-        hint = "choose another --out" if not out.is_file() else "choose another --out, or --force to replace it"
-        raise OutputError("the output exists", where=str(out), hint=hint)
-    if not out.parent.is_dir():
-        raise OutputError("the folder that should hold the page does not exist", where=str(out.parent))
+    check_new_file(out, force=force)
     if png is not None:
         _check_plots(png, force=force)
 
@@ -127,22 +130,3 @@ def _converted(svgs: Sequence[tuple[str, str]]) -> dict[str, bytes]:
         f"{number:02}-{re.sub(r'[^a-z0-9]+', '-', heading.lower()).strip('-') or 'plot'}.png": to_png(svg, PLOT_WIDTH)
         for number, (heading, svg) in enumerate(svgs, 1)
     }
-
-
-def _write_plots(folder: Path, plots: dict[str, bytes], *, force: bool) -> list[Path]:
-    with Staging(folder, replace=_refuse_others if force else None) as staging:
-        for name, data in plots.items():
-            disk.write_file(staging.folder / name, data)
-        staging.commit()
-    return [folder / name for name in plots]
-
-
-def _write_page(out: Path, data: bytes, *, force: bool) -> None:
-    try:
-        disk.replace_file(out, data, force=force)
-    except FileExistsError:
-        raise OutputError("the output appeared meanwhile", where=str(out), hint="choose another --out") from None
-    except BlockingIOError as error:
-        raise OutputBusyError("another process is writing this file", where=str(out)) from error
-    except OSError as error:
-        raise OutputError("the file cannot be written", where=str(out), found=error.strerror) from error
