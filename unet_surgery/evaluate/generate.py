@@ -108,8 +108,8 @@ def generate(
     which ``strength`` is drawn anew (0.8, with ``masks`` 1). ``teacher`` draws the first ``grids`` prompts too, beside
     the model's pictures, in ``out``-grids. ``dtype`` is fp32, bf16 or fp16 (None: fp16 on a GPU, else fp32), ``part``
     the (index, count) of processes that share the work. ``progress`` is called with pictures done and in all,
-    ``fetching`` with bytes, before the first picture, where a model has to be made first; of what comes from the Hub its
-    client shows bars of its own.
+    ``fetching`` with bytes, before the first picture, where a model has to be made first; of what comes from the Hub
+    its client shows bars of its own.
 
     Raises:
         UsageError: an argument has no sense.

@@ -333,7 +333,8 @@ def _remove_unfinished(folder: Path) -> None:
     """Remove the folder, though others that begin just now may put something into it: they look again."""
     for _ in range(BUSY_TRIES):
         try:
-            return disk.remove_tree(folder)
+            disk.remove_tree(folder)
+            break
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
