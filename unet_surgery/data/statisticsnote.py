@@ -56,8 +56,8 @@ def read_note(statistics: Path, sha256: str) -> StatisticsNote | None:
         return None
     resolution, count, change = data.get("resolution"), data.get("count"), data.get("change")
     is_sane = data.get("format_version") == FORMAT_VERSION and isinstance(data.get("name"), str)
-    is_sane = is_sane and (change is None or isinstance(change, str)) and isinstance(resolution, list)
-    numbers = [count, *resolution] if is_sane else []
+    is_sane = is_sane and (change is None or isinstance(change, str))
+    numbers = [count, *resolution] if is_sane and isinstance(resolution, list) else []
     if len(numbers) != 3 or not all(type(n) is int and 1 <= n < 1 << 31 for n in numbers):
         raise DataError("this note on statistics is damaged", where=str(path), hint="remove it, or fetch the set again")
     if data.get("sha256") != sha256:
