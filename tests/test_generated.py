@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 from PIL import Image
 from teachers import entries, folder_bytes
 
+from unet_surgery.checkpoint import disk
 from unet_surgery.errors import OutputError
+from unet_surgery.sample import generated
 from unet_surgery.sample.generated import GeneratedFolder, read_generation
 
 CAPTIONS = ("a", "b", "c", "d")
@@ -97,6 +100,37 @@ def test_many_processes_that_begin_while_others_finish(tmp_path: Path) -> None:
     assert not folder_at(root).missing()
     assert {one["batch"] for one in read_generation(root)["drawn_by"]} <= {2, 3}
     assert entries(root) == ["00000.png", "00001.png", "00002.png", "00003.png", "generation.json", "metadata.csv"]
+
+
+def test_settings_that_another_process_removes_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between writing and reading them: they are no damage, and are looked for again."""
+    read, lost = generated.read_object, []
+
+    def once(path: Path) -> dict[str, Any]:
+        if not lost:
+            lost.append(path)
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(generated, "read_object", once)
+    assert work(tmp_path / "out")
+    assert lost
+
+
+def test_a_process_that_begins_while_another_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something new in ``.unfinished`` after it was emptied: removed as well, and no error."""
+    remove, refused = disk.remove_tree, []
+
+    def once(path: Path) -> None:
+        if not refused:
+            refused.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        remove(path)
+
+    monkeypatch.setattr(disk, "remove_tree", once)
+    assert work(tmp_path / "out")
+    assert refused
+    assert not (tmp_path / "out" / ".unfinished").exists()
 
 
 def test_the_facts_of_all_who_drew(tmp_path: Path) -> None:
