@@ -3,58 +3,45 @@
 from __future__ import annotations
 
 import csv
-import gzip
+import functools
 import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import tarfile
+import threading
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import typer
+from archives import tar_gz, zipped
 from hub_faults import ALWAYS, Fault
 from hub_server import HubStandIn, client_env, client_in_process
-from hypothesis import given
-from hypothesis import strategies as st
 from teachers import folder_bytes
 from test_cli import tool
 
+from unet_surgery.cli.main import app
 from unet_surgery.data import get
 from unet_surgery.data.get import get_data
 from unet_surgery.data.publishedsets import SETS, Archive, Piece, PublishedSet
 from unet_surgery.data.sources import open_source
-from unet_surgery.data.unpack import DamagedArchiveError, Limits, unpack_tar_gz, unpack_zip
+from unet_surgery.data.unpack import DamagedArchiveError
 from unet_surgery.errors import DataError, HubError, OutputError, UsageError
-from unet_surgery.hub import connections
+from unet_surgery.hub import connections, transport
+from unet_surgery.hub.partial import PartialFile
+from unet_surgery.hub.transport import AddressReader
 
-LIMITS = Limits(10_000_000, 100)
 NAME = "laion-11k"
 FILES = {f"train/{i:04d}.jpg": os.urandom(30_000) for i in range(8)}
 TABLE = "file_name,text\n" + "".join(f"{i:04d}.jpg,picture {i}\n" for i in range(8))
-
-
-def tar_gz(files: dict[str, bytes], *, top: str = "preprocessed_11k", level: int = 1) -> bytes:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz", compresslevel=level) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"{top}/{name}" if top else name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return data.getvalue()
-
-
-def zipped(files: dict[str, bytes]) -> bytes:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return data.getvalue()
 
 
 ARCHIVE = tar_gz({**FILES, "train/metadata.csv": TABLE.encode()}, level=0)  # as large as any other of these sizes
@@ -82,12 +69,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The set is as small as the mirror's, so that room and counts fit; pieces are 32 KiB."""
     monkeypatch.setitem(SETS, NAME, small_set())
     monkeypatch.setattr(connections, "PIECE_BYTES", 32 << 10)
+    monkeypatch.setattr(transport, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(transport, "longer", lambda pause: min(2 * pause, 0.4))
 
 
 def small_set(sha256: str | None = None, size: int | None = None, max_files: int = 20) -> PublishedSet:
     archive = Archive("tar.gz", 300_000, max_files, top="preprocessed_11k")
     piece = Piece("https://example.invalid/preprocessed_11k.tar.gz", 240_000, size, sha256, archive)
-    return PublishedSet(NAME, "a few", (piece,), "none", "a test", "use it", num_pictures=8)
+    return PublishedSet(NAME, "a few", (piece,), "none", "a test", "use {folder}", num_pictures=8)
 
 
 @pytest.fixture
@@ -149,6 +138,60 @@ def test_unknown_names() -> None:
         get_data("laion_212k")
 
 
+def test_plain_http_mirrors(tmp_path: Path) -> None:
+    """Where no hash is known, nobody may stand between; this machine itself is no network."""
+    with pytest.raises(UsageError, match="plain http(.*\n)+.*preprocessed_11k"):
+        get_data("laion-11k", tmp_path / "out", base_url="http://mirror.example/sets")
+    assert left(tmp_path) == []
+    laion, hpsv2 = SETS["laion-11k"], SETS["hpsv2"]
+    for host in ("localhost", "127.0.0.1:80", "[::1]:80"):
+        assert get._url(laion, laion.pieces[0], f"http://{host}/x").startswith("http://")
+    assert get._url(hpsv2, hpsv2.pieces[0], "http://mirror.example").startswith("http://")  # its hash is known
+    for host in ("localhost.evil.example", "127.0.0.1.evil.example", "[x"):
+        with pytest.raises(UsageError, match="plain http"):
+            get._url(laion, laion.pieces[0], f"http://{host}/x")
+
+
+def parsed(line: str) -> dict[str, object]:
+    """What the real parser makes of a command's line; nothing is run."""
+    program, *words = shlex.split(line)
+    assert program == "unet-surgery"
+    found: Any = typer.main.get_command(app)
+    while hasattr(found, "commands"):
+        name, *words = words
+        found = found.commands[name]
+    return dict(found.make_context(name, words).params)
+
+
+def files_of(published: PublishedSet) -> list[str]:
+    return [(p.archive.only or "").split("/")[-1] if p.archive else p.name for p in published.pieces]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_said_to_come_next_is_a_command(name: str) -> None:
+    folder = "my pictures/it's"
+    values = [str(value) for value in parsed(SETS[name].use_in(folder)).values()]
+    named = [value.removeprefix(folder).removeprefix("/") for value in values if value.startswith(folder)]
+    assert len(named) == 1
+    assert named[0] in ("", *files_of(SETS[name]))
+
+
+def test_pictures_of_many_sizes_get_one_before_they_are_compared() -> None:
+    parameters = parsed(SETS["mscoco-val2014"].use_in("coco"))
+    assert (parameters["resize"], parameters["jpeg"]) == (256, 75)
+
+
+def test_the_quick_start_of_the_readme() -> None:
+    """Its files are those that data get makes, and score knows of them what it has to."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = [line[2:].partition(" #")[0] for line in text.splitlines() if line.startswith("$ unet-surgery ")]
+    path = Path(str(parsed(next(line for line in lines if " --reference " in line))["reference"]))
+    assert path.parent == parsed(next(line for line in lines if " data get mscoco30k" in line))["out"]
+    piece = next(piece for piece in SETS["mscoco30k"].pieces if piece.name == path.name)
+    assert piece.note is not None
+    assert piece.note.resolution == (256, 256)
+
+
 # --- fetching -------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +204,8 @@ def test_a_set_in_place(hub: HubStandIn, fetch, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "out" / "data.json").read_text())
     assert data["files"][0]["sha256"] == hashlib.sha256(ARCHIVE).hexdigest()
     assert data["files"][0]["checked"] is False
+    assert result.use == f"use {tmp_path / 'out'}"
+    assert result.num_bytes == sum(map(len, WHOLE.values()))
     source = open_source(tmp_path / "out")
     assert [source.read(i).caption for i in range(len(source))] == [f"picture {i}" for i in range(8)]
     with pytest.raises(OutputError, match="exists"):
@@ -250,6 +295,46 @@ def test_a_known_hash_is_compared(hub: HubStandIn, fetch, tmp_path: Path, monkey
     assert json.loads((tmp_path / "out" / "data.json").read_text())["files"][0]["checked"] is True
 
 
+@pytest.mark.parametrize("kind", ["etag", "no-range"])
+def test_many_hosts_of_one_name(
+    kind: Literal["etag", "no-range"], hub: HubStandIn, fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a known hash neither another ETag nor a whole file makes what came another's: the hash decides."""
+    monkeypatch.setitem(SETS, NAME, small_set(hashlib.sha256(ARCHIVE).hexdigest(), len(ARCHIVE)))
+    hub.faults += [Fault(kind, host="cdn", after=n) for n in (2, 1, 1)]
+    forgotten: list[object] = []
+    monkeypatch.setattr(PartialFile, "forget", forgotten.append)
+    fetch(hub)
+    assert found(tmp_path / "out") == WHOLE
+    assert not forgotten
+
+
+def test_patience_counts_from_the_last_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole file takes longer than patience, and is cut: it begins again; but not for ever where it is cut always."""
+    now = 0.0
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(transport, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(transport, "longer", lambda pause: pause)
+    reader = AddressReader("https://example.invalid/x", threading.Event())
+    attempts = 0
+
+    def attempt(cuts: int, came: Callable[[int], None]) -> None:
+        nonlocal now, attempts
+        attempts += 1
+        for position in (10, 20):
+            now += 100
+            came(position)
+        if attempts <= cuts:
+            raise transport._Again("cut")
+
+    reader._patiently(functools.partial(attempt, 2))
+    assert attempts == 3
+    attempts = 0
+    with pytest.raises(HubError, match="broke off"):
+        reader._patiently(functools.partial(attempt, 1000))
+    assert 3 < attempts < 20
+
+
 @pytest.mark.parametrize(("sha256", "size"), [("0" * 64, len(ARCHIVE)), (None, len(ARCHIVE) + 1)])
 def test_another_file_than_expected(
     hub: HubStandIn, fetch, tmp_path: Path, sha256: str | None, size: int, monkeypatch: pytest.MonkeyPatch
@@ -335,6 +420,38 @@ def test_pictures_with_coco_captions(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(open_source(tmp_path / "out")) == 2
 
 
+def test_statistics_come_with_what_is_known_of_them(tmp_path: Path) -> None:
+    """pytorch-fid's file says no resolution, and score refuses it without; the note beside it says so."""
+    pytest.importorskip("torch")
+    from unet_surgery.evaluate.pictures import Change
+    from unet_surgery.evaluate.reference import open_reference
+
+    plain = io.BytesIO()
+    np.savez_compressed(plain, mu=np.zeros(2048), sigma=np.eye(2048))
+    files = {"metadata.csv": b"file_name,text\na.jpg,a cat\n", "real_im256.npz": plain.getvalue()}
+    hub = mirror(tmp_path, {f"mscoco30k/{name}": data for name, data in files.items()})
+    with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "hf"):
+        result = get_data("mscoco30k", tmp_path / "out", base_url=f"{endpoint}/org/data/resolve/main")
+    assert sorted(found(tmp_path / "out")) == ["metadata.csv", "real_im256.json", "real_im256.npz"]
+    assert result.num_files == 3
+    assert result.num_bytes == sum(map(len, found(tmp_path / "out").values()))
+    data = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert [f["sha256"] for f in data["files"]] == [hashlib.sha256(content).hexdigest() for content in files.values()]
+    path = tmp_path / "out" / "real_im256.npz"
+    reference = open_reference(path, None, decoders=1)
+    assert (reference.resolution, reference.count) == ((256, 256), 40_504)
+    assert reference.change == Change(256, 75).words
+    with pytest.raises(DataError, match="another resolution"):
+        open_reference(path, 512, decoders=1)
+    note = tmp_path / "out" / "real_im256.json"
+    other = note.read_text().replace(data["files"][1]["sha256"], "0" * 64)
+    damaged = '{"format": "unet-surgery-statistics-note"}'
+    for text, words in ((other, "tells of another file"), (damaged, "damaged"), ("[", "JSON"), ("{}", "do not say")):
+        note.write_text(text)
+        with pytest.raises(DataError, match=words):
+            open_reference(path, None, decoders=1)
+
+
 # --- killed processes -----------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -366,7 +483,12 @@ def wait_for(condition: Callable[[], bool], child: subprocess.Popen[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["kill", "int", "term"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGKILL, -9, id="kill", marks=pytest.mark.extra),
+        pytest.param(signal.SIGINT, 130, id="int"),
+        pytest.param(signal.SIGTERM, 143, id="term", marks=pytest.mark.extra),
+    ],
 )
 def test_ended_while_it_fetches(number: int, code: int, hub: HubStandIn, tmp_path: Path) -> None:
     hub.faults.append(Fault("slow", host="cdn", times=ALWAYS, after=3, parameter=0.3))
@@ -393,6 +515,7 @@ def test_ended_while_it_fetches(number: int, code: int, hub: HubStandIn, tmp_pat
     assert left(tmp_path) == ["out"]
 
 
+@pytest.mark.extra
 def test_killed_while_it_unpacks(tmp_path: Path) -> None:
     """Nothing is at the output; the next run fetches no byte again, and clears what was half unpacked."""
     files = {f"train/{i:04d}.jpg": b"" for i in range(3000)}
@@ -418,161 +541,6 @@ def test_killed_while_it_unpacks(tmp_path: Path) -> None:
         assert sum(record.body_bytes for record in hub.requests[before:]) <= 10  # is it the same still?
     assert len(os.listdir(tmp_path / "out" / "train")) == 3000
     assert left(tmp_path) == ["out"]
-
-
-# --- hostile archives -----------------------------------------------------------------------------------------------
-
-
-def member(
-    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes = b"x"
-) -> Callable[[tarfile.TarFile], None]:
-    def add(tar: tarfile.TarFile) -> None:
-        info = tarfile.TarInfo(name)
-        info.type, info.linkname = kind, link
-        info.size = len(data) if kind == tarfile.REGTYPE else 0
-        tar.addfile(info, io.BytesIO(data))
-
-    return add
-
-
-HOSTILE = {
-    "absolute": member("/etc/passwd"),
-    "dots": member("a/../../b"),
-    "dots at the end": member("a/.."),
-    "an absolute folder": member("/tmp/x", tarfile.DIRTYPE),
-    "dots in a folder": member("../x", tarfile.DIRTYPE),
-    "backslashes": member("..\\x"),
-    "a control character": member("a\x1b[2Jb.jpg"),
-    "no UTF-8": member("a\udcffb.jpg"),
-    "a long name": member("n" * 256 + ".jpg"),
-    "deep": member("/".join("abcdefghijk")),
-    "a symbolic link": member("a.jpg", tarfile.SYMTYPE, "/etc/passwd"),
-    "a link inside": member("a.jpg", tarfile.SYMTYPE, "good.jpg"),
-    "a hard link": member("a.jpg", tarfile.LNKTYPE, "good.jpg"),
-    "a FIFO": member("a.jpg", tarfile.FIFOTYPE),
-    "a device": member("a.jpg", tarfile.CHRTYPE),
-    "twice": member("good.jpg"),
-    "a file for a folder": member("good.jpg/a.jpg"),
-    "much": member("big.jpg", data=bytes(11_000_000)),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_tars(name: str, tmp_path: Path) -> None:
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
-        member("good.jpg")(tar)
-        HOSTILE[name](tar)
-    archive, folder = tmp_path / "x.tar.gz", tmp_path / "in" / "folder"
-    archive.write_bytes(data.getvalue())
-    folder.mkdir(parents=True)
-    with pytest.raises(DataError) as raised:
-        unpack_tar_gz(archive, folder, LIMITS, lambda _: None)
-    assert "the archive" in str(raised.value)
-    assert "\x1b" not in str(raised.value)
-    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != archive]
-    assert all(path.is_relative_to(folder) and not path.is_symlink() for path in written)
-    assert sum(path.stat().st_size for path in written) <= LIMITS.num_bytes
-
-
-def huge_header(kind: bytes) -> bytes:
-    """A tar whose extended header says that it is 1 GB, and is: of zeros, so that it packs to 1 MB."""
-    info = tarfile.TarInfo("x")
-    info.type, info.size = kind, 1 << 30
-    packed = io.BytesIO()
-    with gzip.GzipFile(fileobj=packed, mode="wb", compresslevel=1) as file:
-        file.write(info.tobuf(tarfile.GNU_FORMAT))
-        file.write(bytes(1 << 20))
-    return packed.getvalue()
-
-
-DAMAGED = {
-    "cut": ARCHIVE[:-100_000],
-    "cut in the checksum": ARCHIVE[:-4],
-    "a wrong checksum": ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:],
-    "no gzip": b"something else entirely, and longer than a header" * 20,
-    "empty": b"",
-    "gzip of no tar": gzip.compress(b"something else entirely, and longer than a header" * 20),
-    "no end": gzip.compress(gzip.decompress(tar_gz(FILES))[: 512 * 62 + 100]),
-    "no end blocks": gzip.compress(gzip.decompress(tar_gz({"a.jpg": b"x"}))[:1024]),
-    "a bad header": gzip.compress(gzip.decompress(tar_gz({"a.jpg": b"x"}))[:1024] + b"?" * 512 + bytes(2048)),
-    "a huge pax header": huge_header(tarfile.XHDTYPE),
-    "a huge long name": huge_header(tarfile.GNUTYPE_LONGNAME),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_tars(name: str, tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").write_bytes(DAMAGED[name])
-    with pytest.raises(DamagedArchiveError):
-        unpack_tar_gz(tmp_path / "x.tar.gz", tmp_path, LIMITS, lambda _: None)
-
-
-def test_many_files(tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").write_bytes(tar_gz({f"{i}": b"" for i in range(101)}, top=""))
-    with pytest.raises(DataError, match="implausibly many"):
-        unpack_tar_gz(tmp_path / "x.tar.gz", tmp_path / "out", LIMITS, lambda _: None)
-
-
-def test_hidden_files_are_left_out(tmp_path: Path) -> None:
-    files = {"a.jpg": b"x", "._a.jpg": b"y", ".DS_Store": b"z", "__MACOSX/a.jpg": b"w", "d/.e/f": b"v"}
-    (tmp_path / "x.tar.gz").write_bytes(tar_gz(files, top="./t"))
-    done = unpack_tar_gz(tmp_path / "x.tar.gz", tmp_path / "out", Limits(1000, 10, top="t"), lambda _: None)
-    assert folder_bytes(tmp_path / "out") == {"a.jpg": b"x"}
-    assert (done.num_files, done.skipped) == (1, 4)
-
-
-names = st.lists(st.sampled_from(["a", "b", "c.jpg", "é", "d e"]), min_size=1, max_size=3).map("/".join)
-
-
-@given(st.dictionaries(names, st.binary(max_size=2000), max_size=6))
-def test_both_kinds_give_what_was_packed(tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes]) -> None:
-    """A law: unpacked is what was packed, for any names that can stand beside each other."""
-    parents = {"/".join(name.split("/")[:i]) for name in files for i in range(1, name.count("/") + 1)}
-    files = {name: data for name, data in files.items() if name not in parents}
-    root = tmp_path_factory.mktemp("law")
-    (root / "x.tar.gz").write_bytes(tar_gz(files, top=""))
-    (root / "x.zip").write_bytes(zipped(files))
-    read: list[int] = []
-    done = unpack_tar_gz(root / "x.tar.gz", root / "tar", LIMITS, read.append)
-    assert done.sha256 == hashlib.sha256((root / "x.tar.gz").read_bytes()).hexdigest()
-    assert sum(read) == (root / "x.tar.gz").stat().st_size
-    unpack_zip(root / "x.zip", root / "zip", LIMITS, read.append)
-    for folder in (root / "tar", root / "zip"):
-        assert (folder_bytes(folder) if files else {}) == files
-
-
-def linked() -> bytes:
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        info = zipfile.ZipInfo("a.jpg")
-        info.external_attr = 0o120777 << 16
-        archive.writestr(info, "/etc/passwd")
-    return data.getvalue()
-
-
-def flipped(data: bytes) -> bytes:
-    return data[:60] + bytes([data[60] ^ 1]) + data[61:]
-
-
-ZIPS = {
-    "dots": zipped({"../x": b"x"}),
-    "absolute": zipped({"/x": b"x"}),
-    "a link": linked(),
-    "a bomb": zipped({"x": bytes(11_000_000)}),
-    "cut": zipped({"x": os.urandom(1000)})[:-40],
-    "flipped": flipped(zipped({"x": os.urandom(1000)})),
-    "no zip": b"something else",
-    "encrypted": zipped({"x": b"x"}).replace(b"\x14\x03\x14\x00\x00", b"\x14\x03\x14\x00\x01"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ZIPS)
-def test_hostile_zips(name: str, tmp_path: Path) -> None:
-    (tmp_path / "x.zip").write_bytes(ZIPS[name])
-    with pytest.raises(DataError, match="the archive"):
-        unpack_zip(tmp_path / "x.zip", tmp_path / "out", LIMITS, lambda _: None)
-    assert not (tmp_path / "x").exists()
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

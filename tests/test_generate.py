@@ -280,6 +280,27 @@ def test_parts_in_any_order(whole: Path, prompts: Path, tmp_path: Path, order: S
     assert read_generation(tmp_path / "out")["seconds"] is None
 
 
+def test_parts_of_different_batches_leave_no_prompt_out(whole: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate("tiny-random", prompts, out, part=(0, 2), **OPTIONS | {"batch": 3})
+    result = generate("tiny-random", prompts, out, part=(1, 2), **OPTIONS)
+    assert (result.finished, result.num_there) == (True, COUNT)
+    for name in NAMES:
+        assert levels_apart(pixels(out / name), pixels(whole / name)) <= 1
+    facts = read_generation(out)
+    assert sorted(one["batch"] for one in facts["drawn_by"]) == [2, 3]
+    assert (facts["batch"], facts["device"]) == (None, "cpu")
+
+
+def test_room_for_all_folders_of_a_disk(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = COUNT * SIDE * SIDE * 3
+    monkeypatch.setattr(disk, "free_bytes", lambda _: (4 << 20) + 2 * one - 1)
+    with pytest.raises(OutputError, match="not enough room"):
+        generate("tiny-random", prompts, tmp_path / "out", full_size=tmp_path / "full", **OPTIONS)
+    assert not list(tmp_path.rglob("*.png"))
+    assert generate("tiny-random", prompts, tmp_path / "alone", **OPTIONS).finished
+
+
 def test_a_full_disk(whole: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = disk.replace_file, 0
 
@@ -532,6 +553,15 @@ def test_image_to_image(places: dict[str, Path], prompts: Path, whole: Path, tmp
     for k in range(5):
         shutil.copy(init / f"{k:03d}.png", plain / f"{k}.png")
     generate("tiny-random", prompts, tmp_path / "b", init=plain, limit=5, strength=0.25, **options)
+    (plain / "._0.png").write_bytes(b"macOS")
+    (plain / "z.png").mkdir()
+    assert generate("tiny-random", prompts, tmp_path / "b", init=plain, limit=5, strength=0.25, **options).finished
+    file = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE), "white").save(file, "PNG")
+    kept = (plain / "4.png").read_bytes()
+    (plain / "4.png").write_bytes(file.getvalue().ljust(len(kept), b"\0")[: len(kept)])  # as many bytes
+    with pytest.raises(OutputError, match="init: "):
+        generate("tiny-random", prompts, tmp_path / "b", init=plain, limit=5, strength=0.25, **options)
     for name in NAMES[:5]:
         assert np.array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
         assert levels_apart(pixels(tmp_path / "a" / name), pixels(whole / name)) > 10
@@ -593,6 +623,35 @@ def test_beside_the_teacher(prompts: Path, places: dict[str, Path], tmp_path: Pa
     assert not np.array_equal(pixels(again.grids[0])[60:188, 236:364], pixels(again.grids[0])[60:188, 374:502])
 
 
+def test_a_teacher_is_refused_before_drawing(
+    prompts: Path, unet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for teacher, match in (("nobody", "there is no teacher"), (unet_folders["sdxl"], "does not fit")):
+        with pytest.raises(SurgeryError, match=match):
+            generate("tiny-random", prompts, out, teacher=teacher, **OPTIONS)
+    (tmp_path / "out-grids").write_text("")
+    with pytest.raises(OutputError, match="grids' folder is a file"):
+        generate("tiny-random", prompts, out, teacher="tiny-random", **OPTIONS)
+    (tmp_path / "out-grids").unlink()
+    with pytest.raises(UsageError, match="share a folder"):
+        generate("tiny-random", prompts, out, teacher="tiny-random", full_size=tmp_path / "out-grids", **OPTIONS)
+    assert not out.exists()
+    make = disk.make_folders
+
+    def refuse(path: Path) -> None:
+        if path.name == "out-grids":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        make(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "make_folders", refuse)
+        with pytest.raises(OutputError, match="the grids cannot be written(.*\n)+.*No space"):
+            generate("tiny-random", prompts, out, teacher="tiny-random", grids=2, limit=2, **OPTIONS)
+    assert read_generation(out)["images"] == 2  # the pictures are done all the same
+    assert generate("tiny-random", prompts, out, teacher="tiny-random", grids=2, limit=2, **OPTIONS).grids
+
+
 def test_a_compiled_unet_is_given_whole_batches(
     prompts: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,7 +693,7 @@ def test_the_presets_are_the_published_protocols() -> None:
     assert facts == {
         "mscoco30k": (30_000, 512, 256, 75, "pndm", 25, 7.5, 1234),
         "mscoco5k": (5_000, 512, None, None, "dpmsolver++", 8, 7.5, 0),
-        "hpsv2": (800, 512, None, None, "dpmsolver++", 8, 7.5, 0),
+        "hpsv2": (800, 512, None, 75, "dpmsolver++", 8, 7.5, 0),
     }
 
 
@@ -682,6 +741,10 @@ def test_presets_want_their_prompts(prompts: Path) -> None:
         ({"limit": 0}, "limit must be"),
         ({"grids": 0}, "grids must be"),
         ({"seeding": "random"}, "no such seeding"),
+        ({"guidance": float("nan")}, "guidance is not a finite"),
+        ({"guidance": float("inf")}, "guidance is not a finite"),
+        ({"seeding": "stream", "seed": 1 << 64}, "64 bits"),
+        ({"seeding": "stream", "seed": -(1 << 63) - 1}, "64 bits"),
         ({"seeding": "stream", "init": "pictures"}, "text alone"),
         ({"part": (2, 2)}, "no such part"),
         ({"scheduler": "eulr"}, "did you mean euler"),
@@ -732,7 +795,7 @@ def test_without_torch(tmp_path: Path) -> None:
     """A module of that name that does not import stands in its place."""
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     words = [sys.executable, "-m", "unet_surgery", "generate", "tiny-random", "-p", "a", "-o", str(tmp_path / "out")]
-    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     assert done.returncode == 1
     assert "no torch here" in done.stderr

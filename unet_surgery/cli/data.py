@@ -31,7 +31,7 @@ def list_sets(as_json: Json = False) -> None:
         show_json([{
             "name": published.name, "what": published.what, "pictures": published.num_pictures,
             "bytes": published.num_bytes, "unpacked_bytes": published.unpacked_bytes or None,
-            "licence": published.licence, "source": published.source, "use": published.use,
+            "licence": published.licence, "source": published.source, "use": published.use_in(published.name),
             "files": [
                 {"name": p.name, "address": p.address, "bytes": p.size, "sha256": p.sha256} for p in published.pieces
             ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -121,11 +122,11 @@ def generate(
     sizes = {name: _size(name, text) for name, text in (("size", size), ("resize", resize))}
     run = _drawing()
     done = [0, 0]
-    with progress_bar("drawing", quiet, of_bytes=False) as bar:
+    with _Bars(quiet) as bars:
 
         def progress(num_done: int, total: int) -> None:
             done[:] = num_done, total
-            bar(num_done, total)
+            bars.draws(num_done, total)
 
         try:
             result = run(
@@ -159,6 +160,7 @@ def generate(
                 channels_last=channels_last,
                 part=(index, count),
                 progress=progress,
+                fetching=bars.fetches,
             )
         except (KeyboardInterrupt, Terminated):
             if not quiet and done[1]:
@@ -166,6 +168,22 @@ def generate(
             raise
     if index == 0 or part is not None:
         _tell(result, as_json=as_json, quiet=quiet)
+
+
+class _Bars(ExitStack):
+    """A bar of bytes while models are fetched and loaded, then one of pictures: a terminal shows one at a time."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__()
+        self._quiet = quiet
+        self.fetches = self.enter_context(progress_bar("getting the model", quiet))
+        self._bar: Callable[[int, int], None] | None = None
+
+    def draws(self, num_done: int, total: int) -> None:
+        if self._bar is None:
+            self.close()
+            self._bar = self.enter_context(progress_bar("drawing", self._quiet, of_bytes=False))
+        self._bar(num_done, total)
 
 
 def _drawing() -> Callable[..., GenerateResult]:

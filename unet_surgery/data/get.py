@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
+import ipaddress
 import json
 import logging
 import os
@@ -16,13 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.staging import Staging
 from unet_surgery.checkpoint.target import check_space
+from unet_surgery.data.coco import first_captions
 from unet_surgery.data.publishedsets import Archive, Piece, PublishedSet, find_set
+from unet_surgery.data.statisticsnote import note_bytes, note_path
 from unet_surgery.data.unpack import DamagedArchiveError, Limits, Unpacked, unpack_tar_gz, unpack_zip
 from unet_surgery.errors import DataError, SurgeryError, UsageError, printable
 from unet_surgery.hub.webfile import Fetched, WebFile, fetch_file, remove_fetched
@@ -34,7 +39,6 @@ log = logging.getLogger(__name__)
 
 DATA_FILE = "data.json"
 METADATA = "metadata.csv"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_CAPTIONS_BYTES = 256 << 20
 SLACK = 1.5  # sizes are published to two digits, and a folder holds more than its pictures
 SLACK_BYTES = 1 << 30
@@ -71,7 +75,7 @@ def get_data(
     was cut short goes on with what it has; the folder appears whole or not at all.
 
     Raises:
-        UsageError: there is no such set, or ``base_url`` is no web address.
+        UsageError: there is no such set, or ``base_url`` is no web address, or is plain http where no hash is known.
         HubError: a server cannot be reached, refuses, breaks off, or has another file than is expected.
         DataError: an archive is damaged, or holds what it should not.
         OutputError: ``out`` exists, or the disk refuses or has no room.
@@ -95,8 +99,9 @@ def get_data(
             for piece, file in zip(published.pieces, fetched, strict=True)
         ]
         if published.captions is not None:
-            _write_table(staging.folder, published.captions)
-        result = _result(published, target, staging.folder, fetched)
+            unpacked.append(_write_table(staging.folder, published.captions))
+        unpacked += _write_notes(staging.folder, published, unpacked)
+        result = _result(published, target, str(out or name), fetched, unpacked)
         data = json.dumps(_facts(result, published, urls, fetched, unpacked), indent=2) + "\n"
         disk.write_file(staging.folder / DATA_FILE, data.encode())
         disk.sync_all()
@@ -127,6 +132,12 @@ def _url(published: PublishedSet, piece: Piece, base_url: str | None) -> str:
             raise UsageError("this is no web address", expected="https://…", found=printable(base_url))
         if "@" in base_url:  # it is shown, and written down
             raise UsageError("a mirror's address may hold no user and password", expected="https://host/…")
+        if piece.sha256 is None and base_url.startswith("http://") and not _is_loopback(base_url):
+            raise UsageError(
+                "plain http is only for files whose sha256 is known: what comes could not be compared",
+                expected="https://…",
+                found=f"{printable(base_url)}, and nobody published a sha256 of {piece.name}",
+            )
         return f"{base_url.rstrip('/')}/{published.name}/{piece.name}"
     kind, is_hub, rest = piece.address.partition("hub:")
     if not is_hub or kind:
@@ -136,6 +147,15 @@ def _url(published: PublishedSet, piece: Piece, base_url: str | None) -> str:
     repository, _, path = rest.partition("@")
     commit, _, path = path.partition("/")
     return hf_hub_url(repository, path, repo_type="dataset", revision=commit)
+
+
+def _is_loopback(url: str) -> bool:
+    """True if an address is this machine's own, where nobody stands between."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Bars:
@@ -171,7 +191,10 @@ def _unpack(piece: Piece, path: Path, folder: Path, bars: _Bars) -> Unpacked:
     """Put a piece into the folder: an archive's files, or the file itself."""
     if piece.archive is None:
         disk.copy_file(path, folder / piece.name)
-        return Unpacked(1, path.stat().st_size)
+        unpacked = Unpacked()
+        unpacked.add(piece.name, path.stat().st_size)
+        unpacked.sha256 = piece.sha256 or _sha256(path)
+        return unpacked
     unpack = {"tar.gz": unpack_tar_gz, "zip": unpack_zip}[piece.archive.kind]
     count = disk.counting(lambda done, total: bars.tell(f"{piece.name}!", done, total), path.stat().st_size)
     try:
@@ -183,7 +206,13 @@ def _unpack(piece: Piece, path: Path, folder: Path, bars: _Bars) -> Unpacked:
         raise DataError("the archive holds nothing that is wanted", where=str(path), expected=piece.archive.only)
     if unpacked.skipped:
         log.info("%s: %d hidden files left out", path.name, unpacked.skipped)
+    unpacked.sha256 = piece.sha256 or unpacked.sha256 or _sha256(path)
     return unpacked
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _limits(archive: Archive) -> Limits:
@@ -191,31 +220,23 @@ def _limits(archive: Archive) -> Limits:
     return Limits(num_bytes, archive.max_files, archive.top, archive.only)
 
 
-def _result(published: PublishedSet, target: Path, folder: Path, fetched: Sequence[Fetched]) -> DataResult:
-    files = list(_files(folder))
-    num_pictures = sum(os.path.splitext(entry.name)[1].lower() in PICTURES for entry in files)
+def _result(
+    published: PublishedSet, target: Path, shown: str, fetched: Sequence[Fetched], unpacked: Sequence[Unpacked]
+) -> DataResult:
+    num_pictures = sum(part.num_pictures for part in unpacked)
     if published.num_pictures not in (None, num_pictures):
         log.warning("%s: %d pictures, and %d are published", published.name, num_pictures, published.num_pictures)
     return DataResult(
         name=published.name,
         folder=target,
-        num_files=len(files),
-        num_bytes=sum(entry.stat(follow_symlinks=False).st_size for entry in files),
+        num_files=sum(part.num_files for part in unpacked),
+        num_bytes=sum(part.num_bytes for part in unpacked),
         num_pictures=num_pictures,
         num_received=sum(file.num_received for file in fetched),
         is_checked=published.is_checked,
         licence=published.licence,
-        use=published.use,
+        use=published.use_in(shown),
     )
-
-
-def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(Path(entry.path))
-            else:
-                yield entry
 
 
 def _facts(
@@ -227,9 +248,9 @@ def _facts(
 ) -> dict[str, Any]:
     """Return what data.json says: where the set comes from, and what of it was checked."""
     pieces = [
-        {"name": piece.name, "url": url, "bytes": file.size, "sha256": piece.sha256 or out.sha256,
+        {"name": piece.name, "url": url, "bytes": file.size, "sha256": out.sha256,
          "checked": piece.sha256 is not None}
-        for piece, url, file, out in zip(published.pieces, urls, fetched, unpacked, strict=True)
+        for piece, url, file, out in zip(published.pieces, urls, fetched, unpacked, strict=False)
     ]  # fmt: skip
     counts = {key: value for key, value in asdict(result).items() if key in ("num_files", "num_bytes", "num_pictures")}
     return {
@@ -245,20 +266,35 @@ def _facts(
     }
 
 
-def _write_table(folder: Path, captions: str) -> None:
+def _write_table(folder: Path, captions: str) -> Unpacked:
     """Write metadata.csv: each picture of COCO's captions, as they list them, with the first caption of it."""
     try:
         data = read_object(folder / captions, MAX_CAPTIONS_BYTES)
-        first: dict[int, str] = {}
-        for entry in data["annotations"]:
-            first.setdefault(entry["image_id"], entry["caption"])
-        rows = [(image["file_name"], first[image["id"]].strip()) for image in data["images"] if image["id"] in first]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError("these are no captions of COCO", where=captions, found=printable(repr(error))) from error
     except SurgeryError as error:
         raise DataError(error.what, where=captions, found=error.found) from error
+    pairs = [(image, caption) for image, caption in first_captions(data, captions) if caption is not None]
+    try:
+        rows = [(image["file_name"], caption) for image, caption in pairs]
+    except (KeyError, TypeError) as error:
+        raise DataError("these are no captions of COCO", where=captions, found=printable(repr(error))) from error
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("file_name", "caption"))
     table.writerows(rows)
-    disk.write_file(folder / METADATA, text.getvalue().encode())
+    return _write(folder / METADATA, text.getvalue().encode())
+
+
+def _write_notes(folder: Path, published: PublishedSet, unpacked: Sequence[Unpacked]) -> list[Unpacked]:
+    """Write beside each file of statistics what is known of it and it does not say itself."""
+    return [
+        _write(note_path(folder / piece.name), note_bytes(piece.note, out.sha256))
+        for piece, out in zip(published.pieces, unpacked, strict=False)
+        if piece.note is not None and out.sha256 is not None
+    ]
+
+
+def _write(path: Path, data: bytes) -> Unpacked:
+    disk.write_file(path, data)
+    written = Unpacked()
+    written.add(path.name, len(data))
+    return written

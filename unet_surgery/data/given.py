@@ -5,6 +5,7 @@ Shapes: B pictures, S their side; luma as in ITU-R BT.601.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from unet_surgery.data.imagefolder import FolderSource, find_metadata
 from unet_surgery.data.pictures import MAX_PICTURE_BYTES, PictureLimits, decode_picture
 from unet_surgery.data.reasons import BadSampleError
 from unet_surgery.data.sources import CAPTION_COLUMNS
+from unet_surgery.data.suffixes import SUFFIXES
 from unet_surgery.errors import DataError, TeacherError
 
 __all__ = ["GivenPictures", "open_given"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 LUMA = (0.299, 0.587, 0.114)
 LIMITS = PictureLimits(min_side=1)
 
@@ -33,7 +34,6 @@ class GivenPictures:
 
     folder: Path
     names: tuple[str, ...]
-    fingerprint: str
     _source: FolderSource | None
 
     def read(self, indices: Sequence[int], side: int) -> NDArray[np.uint8]:
@@ -49,19 +49,40 @@ class GivenPictures:
         return np.asarray(self.read(indices, side) @ np.array(LUMA, np.float32) >= 127.5)
 
     def _one(self, index: int, side: int) -> NDArray[np.uint8]:
+        data = self._bytes(index)
+        try:
+            return decode_picture(data, side, LIMITS)
+        except BadSampleError as error:
+            raise self._refused(index, error) from error
+
+    def _bytes(self, index: int) -> bytes:
         try:
             if self._source is not None:
-                return decode_picture(self._source.read(index).image, side, LIMITS)
-            return decode_picture(read_regular(self.folder / self.names[index], MAX_PICTURE_BYTES), side, LIMITS)
+                return self._source.read(index).image
+            return read_regular(self.folder / self.names[index], MAX_PICTURE_BYTES)
         except BadSampleError as error:
-            where = str(self.folder / self.names[index])
-            raise DataError(f"a picture cannot be used: {error.reason}", where=where, found=error.found) from error
+            raise self._refused(index, error) from error
         except TeacherError as error:
             raise DataError(error.what, where=error.where, found=error.found) from error
 
+    def _refused(self, index: int, error: BadSampleError) -> DataError:
+        where = str(self.folder / self.names[index])
+        return DataError(f"a picture cannot be used: {error.reason}", where=where, found=error.found)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of names and contents: another picture of the same size under the same name is another."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            data = self._bytes(index)
+            digest.update(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape") + data)
+        return digest.hexdigest()
+
 
 def open_given(folder: str | Path, count: int, *, limit: bool = False) -> GivenPictures:
-    """Open a folder of ``count`` pictures, or with ``limit`` of that many or more.
+    """Open a folder of ``count`` pictures, or with ``limit`` the first of that many or more.
+
+    Hidden files, such as macOS leaves beside pictures, are none.
 
     Raises:
         DataError: there is no such folder, or it has another number of pictures.
@@ -69,20 +90,21 @@ def open_given(folder: str | Path, count: int, *, limit: bool = False) -> GivenP
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError("there is no such folder of pictures", where=str(root))
+    source: FolderSource | None = None
     if metadata := find_metadata(root):
         source = FolderSource(root, metadata, caption=CAPTION_COLUMNS[0])
-        given = GivenPictures(root, tuple(map(source.id, range(len(source)))), source.fingerprint, source)
+        names = tuple(map(source.id, range(len(source))))
     else:
-        paths = sorted(p for p in root.iterdir() if p.suffix.lower() in SUFFIXES)
-        digest = hashlib.sha256()
-        for path in paths:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
-        given = GivenPictures(root, tuple(path.name for path in paths), digest.hexdigest(), None)
-    if len(given.names) < count or (len(given.names) > count and not limit):
+        names = tuple(sorted(path.name for path in root.iterdir() if _is_picture(path)))
+    if len(names) < count or (len(names) > count and not limit):
         raise DataError(
             "prompts and pictures are not of one number",
             where=str(root),
             expected=f"{count} pictures, one a prompt",
-            found=f"{len(given.names)}",
+            found=f"{len(names)}",
         )
-    return given
+    return GivenPictures(root, names[:count], source)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".") and path.is_file()

@@ -16,6 +16,7 @@ from typing import Any
 
 from unet_surgery.checkpoint.jsonfile import read_regular
 from unet_surgery.data.captions import check_caption
+from unet_surgery.data.coco import first_captions
 from unet_surgery.data.imagefolder import METADATA
 from unet_surgery.data.reasons import BadSampleError
 from unet_surgery.errors import DataError, SurgeryError, UsageError, first_few, printable
@@ -211,15 +212,8 @@ def _of_json(path: Path, data: Any, column: str | None) -> Found:
 
 
 def _coco(path: Path, data: Mapping[str, Any]) -> Found:
-    """Yield the first caption of each image, the images as they are listed."""
-    first: dict[Any, object] = {}
-    try:
-        for row in data["annotations"]:
-            first.setdefault(row["image_id"], row["caption"])
-        for image in data["images"]:
-            yield f"{path}: image {printable(image['id'])}", first.get(image["id"])
-    except (KeyError, TypeError) as error:
-        raise DataError("these are no captions of COCO", where=str(path), found=printable(repr(error))) from error
+    for image, caption in first_captions(data, str(path)):
+        yield f"{path}: image {printable(image['id'])}", caption
 
 
 def _of_row(row: Any, column: str | None, where: str) -> object:

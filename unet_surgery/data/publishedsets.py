@@ -4,7 +4,8 @@ A size or hash that nobody published is None, and then it is not checked. Plain 
 known. Sources of the facts:
 
 - LAION subsets, captions and FID statistics: Nota-NetsPresso/BK-SDM, scripts/get_laion_data.sh, get_mscoco_files.sh,
-  src/get_stat_mscoco_val2014.py (sizes to two digits, counts exactly);
+  src/get_stat_mscoco_val2014.py (sizes to two digits, counts exactly); the statistics are of all of MS-COCO val2014,
+  each picture squeezed to 256 pixels and stored as JPEG, which the file itself does not say;
 - MS-COCO: sizes and hashes as tensorflow/datasets pins them (url_checksums/coco.txt); that of captions_val2017.json as
   several evaluation suites pin it;
 - HPSv2: files of zhwang/HPDv2 at a commit, with their sizes and hashes.
@@ -13,9 +14,11 @@ known. Sources of the facts:
 from __future__ import annotations
 
 import difflib
+import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from unet_surgery.data.statisticsnote import StatisticsNote
 from unet_surgery.errors import UsageError, printable
 
 __all__ = ["SETS", "Archive", "Piece", "PublishedSet", "find_set"]
@@ -51,7 +54,7 @@ class Piece:
     """A file to fetch; ``address`` is a URL, or ``hub:org/name@commit/path`` for a dataset's file on the Hub.
 
     ``about_bytes`` is the published size where the exact one, ``size``, is not known; None: nobody says. ``name`` is
-    what it is called here, and at a mirror.
+    what it is called here, and at a mirror. ``note`` is what is known of FID statistics beside what they hold.
     """
 
     address: str
@@ -59,6 +62,7 @@ class Piece:
     size: int | None = None
     sha256: str | None = None
     archive: Archive | None = None
+    note: StatisticsNote | None = None
 
     @property
     def name(self) -> str:
@@ -71,7 +75,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PublishedSet:
-    """A set by its name. ``num_pictures`` is how many its publisher counts in it; ``use`` a command that takes it."""
+    """A set by its name. ``num_pictures`` is how many its publisher counts in it."""
 
     name: str
     what: str
@@ -79,9 +83,14 @@ class PublishedSet:
     licence: str
     source: str
     use: str
+    """A command that takes it, with ``{folder}`` in place of the folder it lies in."""
     num_pictures: int | None = None
     captions: str | None = None
     """COCO's captions among what is unpacked, of which metadata.csv is made."""
+
+    def use_in(self, folder: str) -> str:
+        """Return a command that takes the set from ``folder``, as a shell reads it."""
+        return self.use.format(folder=shlex.quote(folder))
 
     @property
     def num_bytes(self) -> int | None:
@@ -109,7 +118,7 @@ def _laion(name: str, count: int, score: str, packed: float, unpacked: float) ->
         pieces=(Piece(f"{_BK_SDM}/improved_aesthetics_{score}plus/{top}.tar.gz", int(packed * GIGA), archive=archive),),
         licence=_LAION_LICENCE,
         source="Nota-NetsPresso/BK-SDM: scripts/get_laion_data.sh",
-        use=f"unet-surgery cache laion-{name} --model MODEL --out latents",
+        use="unet-surgery cache {folder} --model MODEL --out latents",
         num_pictures=count,
     )
 
@@ -139,11 +148,16 @@ SETS = {
             what="30,000 captions of MS-COCO val2014, and the FID statistics of its 41k pictures at 256 pixels",
             pieces=(
                 Piece(f"{_BK_SDM}/mscoco_val2014_30k/metadata.csv"),
-                Piece(f"{_BK_SDM}/mscoco_val2014_41k_full/real_im256.npz"),
+                Piece(
+                    f"{_BK_SDM}/mscoco_val2014_41k_full/real_im256.npz",
+                    note=StatisticsNote(
+                        "MS-COCO val2014 (BK-SDM)", 40_504, (256, 256), "bicubic to 256×256, JPEG of quality 75"
+                    ),
+                ),
             ),
             licence=_COCO_LICENCE,
             source="Nota-NetsPresso/BK-SDM: scripts/get_mscoco_files.sh",
-            use="unet-surgery generate MODEL --preset mscoco30k --prompts mscoco30k --out pictures",
+            use="unet-surgery generate MODEL --preset mscoco30k --prompts {folder}/metadata.csv --out pictures",
         ),
         PublishedSet(
             name="mscoco-val2014",
@@ -162,7 +176,7 @@ SETS = {
             ),
             licence=_COCO_LICENCE,
             source="cocodataset.org; Nota-NetsPresso/BK-SDM: src/get_stat_mscoco_val2014.py",
-            use="unet-surgery score pictures --reference mscoco-val2014",
+            use="unet-surgery stats {folder} --resize 256 --jpeg 75 --out coco256.npz",
             num_pictures=40_504,
             captions="captions_val2014.json",
         ),
@@ -176,7 +190,7 @@ SETS = {
             ),
             licence=_COCO_LICENCE,
             source="cocodataset.org",
-            use="unet-surgery generate MODEL --preset mscoco5k --prompts mscoco5k/captions_val2017.json --out pictures",
+            use="unet-surgery generate MODEL --preset mscoco5k --prompts {folder}/captions_val2017.json --out pictures",
         ),
         PublishedSet(
             name="hpsv2",
@@ -189,7 +203,7 @@ SETS = {
             ),
             licence="Apache-2.0, as the card of ymhao/HPDv2 says; that of zhwang/HPDv2 says nothing",
             source=f"huggingface.co/datasets/{_HPD}; tgxs002/HPSv2",
-            use="unet-surgery generate MODEL --preset hpsv2 --prompts hpsv2/photo.json --out pictures",
+            use="unet-surgery generate MODEL --preset hpsv2 --prompts {folder}/photo.json --out pictures",
         ),
     )
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from unet_surgery.checkpoint import disk
+from unet_surgery.data.suffixes import SUFFIXES
 from unet_surgery.errors import DataError, printable
 
 __all__ = ["DamagedArchiveError", "Limits", "Unpacked", "unpack_tar_gz", "unpack_zip"]
@@ -51,12 +52,19 @@ class Limits:
 
 @dataclass(slots=True)
 class Unpacked:
-    """What came out. ``skipped`` are hidden files, such as macOS packs. ``sha256`` is the archive's own."""
+    """What came out. ``skipped`` are hidden files, such as macOS packs. ``sha256`` is that of what it came from."""
 
     num_files: int = 0
     num_bytes: int = 0
     skipped: int = 0
+    num_pictures: int = 0
     sha256: str | None = None
+
+    def add(self, name: str, num_bytes: int = 0) -> None:
+        """Count a file; of an archive's the bytes are counted as they come."""
+        self.num_files += 1
+        self.num_bytes += num_bytes
+        self.num_pictures += name.lower().endswith(SUFFIXES)
 
 
 @dataclass(slots=True)
@@ -94,7 +102,7 @@ class _Sink:
         parts = self.parts(name)
         if self.limits.top and parts[0] == self.limits.top and len(parts) > 1:
             parts = parts[1:]
-        self.done.num_files += 1
+        self.done.add(parts[-1])
         if self.done.num_files > self.limits.num_files:
             raise self.refuse("it holds implausibly many files", None, f"at most {self.limits.num_files}")
         parent = "/".join(parts[:-1])

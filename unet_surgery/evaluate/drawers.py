@@ -10,6 +10,7 @@ import torch
 
 from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.components import INDEX
+from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.data.identity import network_sha256, tokenizer_sha256, vae_sha256
 from unet_surgery.errors import UsageError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
@@ -40,19 +41,22 @@ def load_drawer(
     dtype: torch.dtype,
     compiled: bool = False,
     channels_last: bool = False,
+    fetching: Progress | None = None,
 ) -> Drawer:
     """Load a pipeline, or a U-Net alone with the other parts of the pipeline ``base``; ``base`` wins over own parts.
 
-    ``fallback`` brings the parts where neither does.
+    ``fallback`` brings the parts where neither does. ``fetching`` is called with the bytes that came from the Hub, and
+    all that are to come.
 
     Raises:
         UsageError: it is a single file, or a U-Net alone without ``base``.
         TeacherError, HubError, VerificationError: it cannot be had, or is not whole.
     """
-    name, folder = _folder(model, parts_only=False)
+    told = fetching or (lambda _done, _total: None)
+    name, folder = _folder(model, told, parts_only=False)
     if base is None and not (folder / INDEX).is_file():
         base = fallback
-    base_name, base_folder = (name, folder) if base is None else _folder(base, parts_only=True)
+    base_name, base_folder = (name, folder) if base is None else _folder(base, told, parts_only=True)
     if not (base_folder / INDEX).is_file():
         raise UsageError(
             "this is a U-Net alone: a VAE, a text encoder and a tokenizer are needed as well",
@@ -83,7 +87,7 @@ def load_drawer(
     return Drawer(name, unet, parts, identity)
 
 
-def _folder(text: str, *, parts_only: bool) -> tuple[str, Path]:
+def _folder(text: str, fetching: Progress, *, parts_only: bool) -> tuple[str, Path]:
     """Return a model's name, which is no path of this machine, and its folder, fetched where it is on the Hub."""
     found = resolve_teacher(text)
     if found.file is not None:
@@ -93,5 +97,5 @@ def _folder(text: str, *, parts_only: bool) -> tuple[str, Path]:
             expected="a folder, a Hub id or a built-in name",
             hint="unet-surgery prune --recipe … writes a folder from it",
         )
-    found = fetch_teacher(found, parts_only=parts_only, full=not parts_only, progress=lambda _done, _total: None)
+    found = fetch_teacher(found, parts_only=parts_only, full=not parts_only, progress=fetching)
     return found.teacher_id or found.name, found.folder

@@ -1,8 +1,9 @@
 """``generate``: a picture of each prompt into a folder, resumable, and shared by any number of processes.
 
-The prompts are cut into blocks of one batch each, dealt in turn to the processes. A block is always drawn whole, also
-where some of its pictures are there already: so whatever is interrupted or shared, every picture is drawn in the
-company it would have had, and comes out the same to the last bit on the same machine and threads.
+The prompts are cut into blocks of one batch each, and the prompts dealt to the processes. A block is always drawn
+whole, also where some of its pictures are there already or are another process's: so whatever is interrupted or shared,
+every picture is drawn in the company it would have had, and comes out the same to the last bit on the same machine and
+threads, if all have the same batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from unet_surgery.data.prompts import PromptSet
 from unet_surgery.data.shards import choose_device
 from unet_surgery.errors import UsageError, printable
 from unet_surgery.evaluate.drawers import DTYPES, Drawer, load_drawer
-from unet_surgery.evaluate.grids import draw_grids
+from unet_surgery.evaluate.grids import check_grids, check_teacher, draw_grids
 from unet_surgery.evaluate.job import Job, noise_of_blocks
 from unet_surgery.evaluate.request import GenerateRequest, Protocol, plan_prompts, plan_protocol
 from unet_surgery.evaluate.writers import Writers
@@ -36,7 +37,7 @@ __all__ = ["GenerateResult", "generate"]
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with pictures done and pictures in all, of this part."""
+"""Called with pictures done and pictures in all, of this part; or with bytes, of a model that is fetched or made."""
 
 BYTES_A_PIXEL = 3
 
@@ -90,6 +91,7 @@ def generate(
     channels_last: bool = False,
     part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
+    fetching: Progress | None = None,
 ) -> GenerateResult:
     """Draw a picture of each prompt by ``model`` into the folder ``out``, or go on with it.
 
@@ -105,7 +107,9 @@ def generate(
     (one generator on the device, batch after batch). ``init`` is a folder of pictures to start from, one a prompt, of
     which ``strength`` is drawn anew (0.8, with ``masks`` 1). ``teacher`` draws the first ``grids`` prompts too, beside
     the model's pictures, in ``out``-grids. ``dtype`` is fp32, bf16 or fp16 (None: fp16 on a GPU, else fp32), ``part``
-    the (index, count) of processes that share the work. ``progress`` is called with pictures done and in all.
+    the (index, count) of processes that share the work. ``progress`` is called with pictures done and in all,
+    ``fetching`` with bytes, before the first picture, where a model has to be made first; of what comes from the Hub
+    its client shows bars of its own.
 
     Raises:
         UsageError: an argument has no sense.
@@ -145,14 +149,14 @@ def generate(
         channels_last=channels_last,
         part=part,
     )
-    return _run(request, progress or (lambda _done, _total: None))
+    return _run(request, progress or (lambda _done, _total: None), fetching)
 
 
 def _absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
-def _run(request: GenerateRequest, progress: Progress) -> GenerateResult:
+def _run(request: GenerateRequest, progress: Progress, fetching: Progress | None) -> GenerateResult:
     protocol = plan_protocol(request)
     prompts = plan_prompts(request)
     _check_outputs(request)
@@ -166,7 +170,9 @@ def _run(request: GenerateRequest, progress: Progress) -> GenerateResult:
         dtype=dtype,
         compiled=request.compiled,
         channels_last=request.channels_last,
+        fetching=fetching,
     )
+    check_teacher(request, dtype, fetching)
     job = Job.of(request, protocol, prompts, given, drawer, device)
     settings = job.settings(drawer)
     folders = _folders(request, protocol, prompts, job, settings)
@@ -181,27 +187,26 @@ def _run(request: GenerateRequest, progress: Progress) -> GenerateResult:
     count = len(prompts.texts)
     if missing:
         return GenerateResult(request.out, False, count, count - len(folders[0].missing()), num_drawn, seconds)
-    facts = _facts(request, job, count, seconds if num_drawn == count else None)
+    facts = {"images": count, "seconds": round(seconds, 3) if num_drawn == count else None}
     for folder in folders[1:]:
         folder.finish(facts)
-    grids: list[Path] = []
-    folders[0].finish(facts, before=lambda: grids.extend(draw_grids(job, drawer, folders[0])))
-    if was_finished and request.part[0] == 0:
-        grids += draw_grids(job, drawer, folders[0])
+    is_first = folders[0].finish(facts)
+    is_mine = is_first or (was_finished and request.part[0] == 0)
+    grids = draw_grids(job, drawer, folders[0]) if is_mine else []
     return GenerateResult(request.out, True, count, count, num_drawn, seconds, tuple(grids))
 
 
 def _draw_part(job: Job, drawer: Drawer, folders: Sequence[GeneratedFolder], progress: Progress) -> int:
-    """Draw the blocks of this process that are not whole; return how many pictures were missing."""
-    index, count = job.request.part
-    blocks = job.blocks()
-    missing = set().union(*(folder.missing() for folder in folders))
-    mine = [number for number in range(len(blocks)) if number % count == index]
-    total = sum(len(blocks[number]) for number in mine)
-    todo = {number for number in mine if missing.intersection(blocks[number])}
-    num_todo = sum(len(missing.intersection(blocks[number])) for number in todo)
-    for folder in folders:
-        check_space(folder.root, num_todo * folder.size[0] * folder.size[1] * BYTES_A_PIXEL)
+    """Draw the pictures of this process that are missing; return how many were."""
+    blocks, mine = job.blocks(), job.share()
+    missing = set(mine).intersection(set().union(*(folder.missing() for folder in folders)))
+    todo = {number for number, block in enumerate(blocks) if missing.intersection(block)}
+    num_todo, total = len(missing), len(mine)
+    _check_room(folders, num_todo)
+    if todo:
+        facts = _own_facts(job)
+        for folder in folders:
+            folder.drawn_by(facts)
     if todo and num_todo < total:
         log.info("going on: %d of %d pictures of this part are there", total - num_todo, total)
     progress(total - num_todo, total)
@@ -220,6 +225,17 @@ def _draw_part(job: Job, drawer: Drawer, folders: Sequence[GeneratedFolder], pro
     return num_drawn
 
 
+def _check_room(folders: Sequence[GeneratedFolder], num_pictures: int) -> None:
+    """Ask each disk for what all folders on it take together."""
+    needed: dict[int, tuple[Path, int]] = {}
+    for folder in folders:
+        device = os.stat(folder.root).st_dev
+        root, num_bytes = needed.get(device, (folder.root, 0))
+        needed[device] = root, num_bytes + num_pictures * folder.size[0] * folder.size[1] * BYTES_A_PIXEL
+    for root, num_bytes in needed.values():
+        check_space(root, num_bytes)
+
+
 def _check_outputs(request: GenerateRequest) -> None:
     models = [Path(text).expanduser() for text in (request.model, request.base, request.teacher) if text is not None]
     inputs = [*models, *(folder for folder in (request.init, request.masks) if folder is not None)]
@@ -228,6 +244,7 @@ def _check_outputs(request: GenerateRequest) -> None:
         check_output(request.full_size, *inputs)
         if request.full_size == request.out or request.out in request.full_size.parents:  # no other pictures in there
             raise UsageError("the pictures as drawn need a folder of their own", where=str(request.full_size))
+    check_grids(request)
 
 
 def _given(request: GenerateRequest, count: int) -> tuple[GivenPictures | None, GivenPictures | None]:
@@ -249,8 +266,9 @@ def _folders(
     return folders
 
 
-def _facts(request: GenerateRequest, job: Job, count: int, seconds: float | None) -> dict[str, Any]:
-    """Return what generation.json says beside the settings; ``seconds`` if one process drew all without a break."""
+def _own_facts(job: Job) -> dict[str, Any]:
+    """Return what generation.json says of a process that drew pictures, and another may have otherwise."""
+    request = job.request
     packages = ("torch", "diffusers", "transformers", "numpy", "pillow")
     return {
         "batch": request.batch,
@@ -258,8 +276,6 @@ def _facts(request: GenerateRequest, job: Job, count: int, seconds: float | None
         "compile": request.compiled,
         "channels_last": request.channels_last,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-        "images": count,
-        "seconds": None if seconds is None else round(seconds, 3),
     }
 
 

@@ -1,23 +1,58 @@
-"""The first prompts of a generation drawn by a teacher too, from the same noise: student and teacher side by side."""
+"""The first prompts of a generation drawn by a teacher too, from the same noise: student and teacher side by side.
+
+Whatever can be known to be wrong with the teacher, or where the grids go, is said before hours of drawing.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from unet_surgery.checkpoint import disk
+from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.errors import OutputError, UsageError
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
 from unet_surgery.evaluate.job import Job, noise_of_blocks
+from unet_surgery.evaluate.request import GenerateRequest
 from unet_surgery.sample.draw import check_unet
 from unet_surgery.sample.generated import GeneratedFolder
 from unet_surgery.sample.grid import grid
 
-__all__ = ["draw_grids"]
+__all__ = ["check_grids", "check_teacher", "draw_grids"]
 
 ROWS_A_GRID = 8
+
+
+def check_grids(request: GenerateRequest) -> None:
+    """Check that grids can be written, if there are to be any.
+
+    Raises:
+        OutputError: a file is where their folder goes.
+        UsageError: other pictures go there.
+    """
+    where = _folder(request)
+    if request.teacher is None:
+        return
+    if os.path.lexists(where) and not where.is_dir():
+        raise OutputError("the grids' folder is a file", where=str(where), hint="choose another --out")
+    if request.full_size is not None and (request.full_size == where or where in request.full_size.parents):
+        raise UsageError("the grids and the pictures as drawn would share a folder", where=str(where))
+
+
+def check_teacher(request: GenerateRequest, dtype: torch.dtype, fetching: Progress | None) -> None:
+    """Load the teacher once, if there is one, and let go of it: it is here and whole then, and fits its parts.
+
+    Raises:
+        SurgeryError: as :func:`unet_surgery.evaluate.drawers.load_drawer`, or it cannot draw these pictures.
+    """
+    if request.teacher is not None:
+        _load(request, request.teacher, torch.device("cpu"), dtype, fetching)
 
 
 def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
@@ -25,17 +60,8 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
     request = job.request
     if request.teacher is None:
         return []
-    where = folder.root.with_name(f"{folder.root.name}-grids")
-    dtype = next(drawer.unet.parameters()).dtype
-    teacher = load_drawer(
-        request.teacher,
-        None,
-        fallback=request.base or request.model,  # a teacher that is a U-Net alone has no parts of its own
-        device=job.device,
-        dtype=dtype,
-        channels_last=request.channels_last,
-    )
-    check_unet(teacher.unet.config, teacher.parts, masks=job.masks is not None)
+    where = _folder(request)
+    teacher = _load(request, request.teacher, job.device, next(drawer.unet.parameters()).dtype)
     how = job.sampling(teacher)
     count = min(request.grids, len(job.prompts.texts))
     keeping, size = job.protocol.keeping, (folder.size[1], folder.size[0], 3)
@@ -47,7 +73,7 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
             if index < count:
                 pictures[index] = np.asarray(keeping.kept(picture))
     paths = []
-    disk.make_folders(where)
+    _make(where, lambda: disk.make_folders(where))
     for start in range(0, count, ROWS_A_GRID):
         rows = range(start, min(start + ROWS_A_GRID, count))
         columns = {
@@ -55,9 +81,41 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
             drawer.name: np.stack([_read(folder.path(index)) for index in rows]),
         }
         path = where / f"grid-{folder.path(start).name}"
-        disk.replace_file(path, grid(columns, [job.prompts.texts[index] for index in rows]), force=True)
+        data = grid(columns, [job.prompts.texts[index] for index in rows])
+        _make(path, lambda path=path, data=data: disk.replace_file(path, data, force=True))  # type: ignore[misc]
         paths.append(path)
     return paths
+
+
+def _folder(request: GenerateRequest) -> Path:
+    return request.out.with_name(f"{request.out.name}-grids")
+
+
+def _load(
+    request: GenerateRequest, teacher: str, device: torch.device, dtype: torch.dtype, fetching: Progress | None = None
+) -> Drawer:
+    drawer = load_drawer(
+        teacher,
+        None,
+        fallback=request.base or request.model,  # a teacher that is a U-Net alone has no parts of its own
+        device=device,
+        dtype=dtype,
+        channels_last=request.channels_last,
+        fetching=fetching,
+    )
+    check_unet(drawer.unet.config, drawer.parts, masks=request.masks is not None)
+    return drawer
+
+
+def _make(path: Path, make: Callable[[], None]) -> None:
+    try:
+        make()
+    except OSError as error:
+        raise OutputError(
+            "the grids cannot be written; the pictures are there, and the same command draws only the grids again",
+            where=str(path),
+            found=error.strerror or str(error),
+        ) from error
 
 
 def _read(path: Path) -> NDArray[np.uint8]:

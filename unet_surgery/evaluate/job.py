@@ -105,6 +105,14 @@ class Job:
         count, batch = len(self.prompts.texts), self.request.batch
         return [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
 
+    def share(self) -> range:
+        """Return the numbers of the prompts that this process draws.
+
+        They are cut by prompts, not by blocks: so every prompt is somebody's, whatever each one's batch is.
+        """
+        count, (index, parts) = len(self.prompts.texts), self.request.part
+        return range(count * index // parts, count * (index + 1) // parts)
+
     def noise(self, block: Sequence[int]) -> list[torch.Generator]:
         return generators(self.protocol.seed, block)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.target import check_new_file
 from unet_surgery.data.shards import choose_device
+from unet_surgery.data.statisticsnote import read_note
 from unet_surgery.errors import DataError, UsageError
 from unet_surgery.evaluate.features import DTYPES, Compute, inception_features
 from unet_surgery.evaluate.inception import FidInception
@@ -124,6 +125,8 @@ def load_inception(weights: Weights, compute: Compute) -> FidInception:
 def open_reference(text: str | Path, resolution: int | None, *, decoders: int) -> Reference:
     """Open statistics or look through a folder. ``resolution`` is for statistics that do not record theirs.
 
+    Those that ``data get`` fetched have a note beside them, which says what they do not.
+
     Raises:
         DataError: it cannot be read, or records another resolution than the given one, or none and none is given.
     """
@@ -134,6 +137,15 @@ def open_reference(text: str | Path, resolution: int | None, *, decoders: int) -
         _check_told(size, resolution, path)
         return Reference(path.resolve().name, size, len(pictures), None, None, pictures=pictures)
     statistics = read_statistics(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if statistics.resolution is None and (note := read_note(path, digest)) is not None:
+        statistics = replace(
+            statistics,
+            resolution=note.resolution,
+            count=statistics.count or note.count,
+            change=statistics.change or note.change,
+            name=statistics.name or note.name,
+        )
     if statistics.resolution is None and resolution is None:
         raise DataError(
             "the statistics do not say of what resolution the pictures were",
@@ -143,7 +155,6 @@ def open_reference(text: str | Path, resolution: int | None, *, decoders: int) -
     if statistics.resolution is not None:
         _check_told(statistics.resolution, resolution, path)
     size = statistics.resolution or (resolution or 0, resolution or 0)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name = statistics.name or path.stem
     told = statistics.resolution is None
     return Reference(name, size, statistics.count, statistics.change, digest, statistics=statistics, told=told)

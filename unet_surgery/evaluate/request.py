@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -139,6 +140,10 @@ def _check_numbers(request: GenerateRequest) -> None:
         raise UsageError("grids must be 1 or more", found=str(request.grids))
     if request.seeding not in SEEDINGS:
         raise UsageError("there is no such seeding", expected=" or ".join(SEEDINGS), found=printable(request.seeding))
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise UsageError("guidance is not a finite number", found=str(request.guidance))
+    if request.seeding == "stream" and request.seed is not None and not -(1 << 63) <= request.seed < 1 << 64:
+        raise UsageError("a stream's seed has 64 bits", expected="−2⁶³ … 2⁶⁴ − 1", found=printable(str(request.seed)))
     if request.seeding == "stream" and request.init is not None:
         raise UsageError("one stream of noise is for text alone", hint="leave out --init, or --seeding stream")
     index, count = request.part

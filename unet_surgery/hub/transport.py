@@ -34,6 +34,8 @@ CHUNK_BYTES = 16 << 10
 MAX_REDIRECTS = 5
 CONNECTIONS = 8
 MAX_WRONG_ANSWERS = 3
+MAX_VAIN_RESTARTS = 8
+"""Of a file that has to begin anew: attempts that came no further than another before."""
 EXPIRED = (401, 403, 410)  # at a signed address that another host serves
 HINTS = {
     401: "log in with a token that may read it: hf auth login",
@@ -104,6 +106,8 @@ class RangeReader:
 
     _sends_token = True
     _server = "the Hub"
+    _compared = False
+    """True if the whole is compared with a hash: then an ETag says nothing, and a whole file is no other file."""
 
     def __init__(
         self, repository: str, name: str, commit: str, size: int, stop: threading.Event, etag: str | None = None
@@ -151,7 +155,7 @@ class RangeReader:
         """Make one request for [begin, end) and yield what comes, never more than that."""
         address = self._locate()
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-        if self.etag is not None and not self.etag.startswith("W/"):
+        if self.etag is not None and not self._compared and not self.etag.startswith("W/"):
             headers["If-Range"] = self.etag
         try:
             with _request("GET", address, headers) as answer:
@@ -180,9 +184,10 @@ class RangeReader:
         if status in REDIRECTS and "location" in answer.headers:
             self._follow(address, answer.headers["location"])
             raise _Again(f"HTTP {status}")
-        if status == 200 and not self._had_range:
+        is_other = not self._compared and self.etag not in (None, etag)
+        if status == 200 and (not self._had_range or self._compared):
             raise NoRangesError
-        if status in (200, 412, 416) or (status == 206 and self.etag not in (None, etag)):
+        if status in (200, 412, 416) or (status == 206 and is_other):
             raise self._changed()
         if status != 206:
             raise self._refused(status)
@@ -290,15 +295,17 @@ class RangeReader:
 class AddressReader(RangeReader):
     """Reads a file at any http or https address, as :class:`RangeReader` reads one of the Hub; no token is sent there.
 
-    The size is not known before :meth:`probe`.
+    The size is not known before :meth:`probe`. With ``compared`` the whole will be compared with a hash that is known:
+    then an ETag says nothing, of which hosts behind one name may each have their own.
     """
 
     _sends_token = False
     _server = "the server"
 
-    def __init__(self, url: str, stop: threading.Event) -> None:
+    def __init__(self, url: str, stop: threading.Event, *, compared: bool = False) -> None:
         super().__init__("", "", "", 0, stop)
         self.shown = self._url = url
+        self._compared = compared
 
     def probe(self) -> Served:
         """Ask for the file's first byte, to learn what the server has and whether it knows ranges.
@@ -307,21 +314,22 @@ class AddressReader(RangeReader):
             HubError: it cannot be reached, or refuses.
         """
         served: list[Served] = []
-        self._patiently(lambda: served.append(self._probe()))
+        self._patiently(lambda _came: served.append(self._probe()))
         self._size, self.etag, self._had_range = served[0].size or 0, served[0].etag, served[0].ranges
         return served[0]
 
     def read_whole(self, on_data: OnData, on_restart: Callable[[], None]) -> int:
         """Read the file from its beginning, for a server that knows no ranges; return its CRC-32.
 
-        What breaks off begins again from nothing, and ``on_restart`` is called.
+        What breaks off begins again from nothing, and ``on_restart`` is called: for as long as :meth:`read` waits, and
+        not for ever where it breaks off again and again without coming further.
 
         Raises:
             HubError: as :meth:`read`.
         """
         crc = 0
 
-        def attempt() -> None:
+        def attempt(came: Callable[[int], None]) -> None:
             nonlocal crc
             crc, position = 0, 0
             try:
@@ -333,6 +341,7 @@ class AddressReader(RangeReader):
                             raise Stopped
                         on_data(position, chunk)
                         crc, position = zlib.crc32(chunk, crc), position + len(chunk)
+                        came(position)
             except _connection_errors() as error:
                 on_restart()
                 raise _Again(type(error).__name__) from error
@@ -343,18 +352,31 @@ class AddressReader(RangeReader):
         self._patiently(attempt)
         return crc
 
-    def _patiently(self, attempt: Callable[[], None]) -> None:
-        """Make an attempt again while what fails may pass; unlike ranges, it has no parts that came."""
-        start, pause, wrong = time.monotonic(), FIRST_PAUSE_SECONDS, 0
+    def _patiently(self, attempt: Callable[[Callable[[int], None]], None]) -> None:
+        """Make an attempt again while what fails may pass; unlike ranges, it has no parts that came.
+
+        The attempt says how far it came with every chunk, from which patience counts.
+        """
+        last, pause, wrong, vain = time.monotonic(), FIRST_PAUSE_SECONDS, 0, 0
+        position = furthest = 0
+
+        def came(to: int) -> None:
+            nonlocal last, pause, position
+            last, pause, position = time.monotonic(), FIRST_PAUSE_SECONDS, to
+
         while True:
+            position = 0
             try:
-                return attempt()
+                return attempt(came)
             except _Again as failure:
                 if failure.moved:  # as often as redirects are followed
                     continue
                 wrong += failure.wrong
+                vain += 0 < position <= furthest
+                furthest = max(furthest, position)
                 wait = max(pause, failure.pause)
-                if wrong >= MAX_WRONG_ANSWERS or time.monotonic() + wait > start + patience_seconds():
+                is_enough = wrong >= MAX_WRONG_ANSWERS or vain >= MAX_VAIN_RESTARTS
+                if is_enough or time.monotonic() + wait > last + patience_seconds():
                     raise self._gave_up(str(failure)) from failure
                 if self._stop.wait(wait):
                     raise Stopped from None
@@ -402,6 +424,9 @@ class AddressReader(RangeReader):
             found=f"HTTP {status}",
             hint="it may have moved: a mirror can be named with --base-url",
         )
+
+    def _changed(self) -> ChangedError:
+        return ChangedError("the file changed on the server while it was read", where=self.shown, hint="run again")
 
     def _unreachable(self, error: Exception) -> HubError:
         return HubError(

@@ -93,7 +93,7 @@ def remove_fetched(path: Path) -> None:
 
 def _fetch(file: WebFile, path: Path, progress: Progress, room: int) -> Fetched:
     stop = threading.Event()
-    reader = AddressReader(file.url, stop)
+    reader = AddressReader(file.url, stop, compared=file.sha256 is not None)
     served = reader.probe()
     size = _checked_size(file, served)
     _say_if_changed(path, _identity(file, served), size)
@@ -112,8 +112,8 @@ def _fetch(file: WebFile, path: Path, progress: Progress, room: int) -> Fetched:
             except ChangedError:
                 partial.forget()
                 raise
-            except NoRangesError:
-                partial.forget()
+            except NoRangesError:  # another host of that name, say; what came stays, should this break off as well
+                stop.clear()
                 _whole(reader, partial, size, progress)
     return Fetched(path, size, num_missing)
 

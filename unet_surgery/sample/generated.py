@@ -1,19 +1,22 @@
 """A generated folder: pictures by their prompts' numbers, metadata.csv, and generation.json, which says how they came.
 
-While it is made, ``.unfinished`` holds the settings it was begun with; a picture that is there is whole, so a run that
-was killed goes on with what is missing. Whoever finds all of them writes metadata.csv, and generation.json last.
+While it is made, ``.unfinished`` holds the settings it was begun with, and what each process that drew pictures had of
+its own; a picture that is there is whole, so a run that was killed goes on with what is missing. Whoever finds all of
+them writes metadata.csv, and generation.json last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ GENERATION_FILE = "generation.json"
 METADATA_FILE = "metadata.csv"
 UNFINISHED = ".unfinished"
 SETTINGS_FILE = "settings.json"
+DRAWN_BY = "drawn-by-"
 COLUMNS = ("file_name", "caption")
 BUSY_TRIES = 100
 MAX_SHOWN = 6
@@ -54,34 +58,54 @@ class GeneratedFolder:
         return self.root / picture_name(index, len(self.captions))
 
     def begin(self) -> None:
-        """Make the folder, or find that it was begun with the same settings.
+        """Make the folder, or find that it was begun with the same settings; nothing is made where all is there.
 
         Raises:
-            OutputError: it was begun with others; names them. Or it cannot be written.
+            OutputError: it was begun with others; names them. Or it is damaged, or cannot be written.
         """
-        unfinished = self.root / UNFINISHED
         for _ in range(BUSY_TRIES):
+            if (self.root / GENERATION_FILE).is_file():
+                self._refuse_others(_known(self.root))
+                if not self.missing():
+                    return
             try:
-                if (self.root / GENERATION_FILE).is_file():
-                    self._refuse_others(read_generation(self.root))
-                disk.make_folders(unfinished)
-                with contextlib.suppress(FileExistsError):
-                    disk.replace_file(unfinished / SETTINGS_FILE, _json(self.settings))
-                there = read_object(unfinished / SETTINGS_FILE)
+                there = self._settings_there()
             except (BlockingIOError, FileNotFoundError):  # another process begins, or finishes, just now
                 time.sleep(0.1)
                 continue
             except OSError as error:
                 raise _unwritten(self.root, error) from error
-            except SurgeryError as error:
-                if isinstance(error, OutputError):
-                    raise
-                raise OutputError(
-                    "the settings of this unfinished folder are damaged", where=str(unfinished), hint="remove it"
-                ) from error
             self._refuse_others(there)
             return
         raise OutputBusyError("another process is writing this folder", where=str(self.root), hint="wait for it")
+
+    def _settings_there(self) -> dict[str, Any]:
+        """Return the settings that the folder was begun with; these, if it is begun now.
+
+        Raises:
+            FileNotFoundError: another process has just finished, and removed them.
+            OutputError: they are damaged.
+        """
+        path = self.root / UNFINISHED / SETTINGS_FILE
+        disk.make_folders(path.parent)
+        with contextlib.suppress(FileExistsError):
+            disk.replace_file(path, _json(self.settings))
+        return _read_own(path)
+
+    def drawn_by(self, facts: Mapping[str, Any]) -> None:
+        """Leave word of a process that is going to draw pictures, for generation.json.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        data = _json(facts)
+        path = self.root / UNFINISHED / f"{DRAWN_BY}{hashlib.sha256(data).hexdigest()[:16]}.json"
+        try:
+            disk.make_folders(path.parent)
+            with contextlib.suppress(FileExistsError, BlockingIOError):  # another one has the same to say
+                disk.replace_file(path, data)
+        except OSError as error:
+            raise _unwritten(self.root, error) from error
 
     def missing(self) -> list[int]:
         """Return the indices of the pictures that are not there whole."""
@@ -125,26 +149,53 @@ class GeneratedFolder:
                 raise _unwritten(self.root, error) from error
             yield
 
-    def finish(self, facts: Mapping[str, Any], before: Callable[[], None] | None = None) -> None:
-        """Write metadata.csv and generation.json, once; ``before`` is called first, by the one process that does it."""
-        unfinished = self.root / UNFINISHED
+    def finish(self, facts: Mapping[str, Any]) -> bool:
+        """Write metadata.csv and generation.json; True in the one process that finds neither there yet.
+
+        ``facts`` go into generation.json with what :meth:`drawn_by` was told: all of it under ``drawn_by``, and beside
+        that each key with the value that all agree on, null where they do not. Where the folder was finished before,
+        and some pictures were drawn anew, what is new is added.
+
+        Raises:
+            OutputError: the disk refuses, or what is there is damaged.
+        """
+        unfinished, is_first = self.root / UNFINISHED, False
         try:
             with contextlib.ExitStack() as stack:
                 try:
                     lock = disk.open_for_update(unfinished / "lock")
-                except FileNotFoundError:  # another process has finished
-                    return
+                except FileNotFoundError:  # another process has finished, or all was there before
+                    return False
                 stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _is_still(lock, unfinished / "lock"):  # another process has finished while this one waited
+                    return False
+                told = self._told()
                 if not (self.root / GENERATION_FILE).is_file():
-                    if before is not None:
-                        before()
+                    is_first = True
                     disk.replace_file(self.root / METADATA_FILE, self._metadata(), force=True)
-                    disk.replace_file(self.root / GENERATION_FILE, _json({**_header(), **self.settings, **facts}))
+                    self._write_generation({**_header(), **self.settings, **_agreed(told), **facts}, told)
+                else:
+                    before = _known(self.root)
+                    by = before.get("drawn_by") or [{key: before.get(key) for key in one} for one in told[:1]]
+                    if new := [one for one in told if one not in by]:
+                        self._write_generation({**before, **_agreed([*by, *new])}, [*by, *new])
                 self._clear()
-                disk.remove_tree(unfinished)
+                _remove_unfinished(unfinished)
         except OSError as error:
             raise _unwritten(self.root, error) from error
+        return is_first
+
+    def _told(self) -> list[dict[str, Any]]:
+        """Return what the processes that drew pictures left."""
+        found = []
+        for path in sorted((self.root / UNFINISHED).glob(f"{DRAWN_BY}*.json")):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_read_own(path))
+        return found
+
+    def _write_generation(self, data: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> None:
+        disk.replace_file(self.root / GENERATION_FILE, _json({**data, "drawn_by": list(told)}), force=True)
 
     def _metadata(self) -> bytes:
         file = io.StringIO(newline="")
@@ -234,6 +285,60 @@ def read_generation(folder: Path) -> dict[str, Any]:
             found=printable(f"{data.get('format')} {data.get('format_version')}"),
         )
     return data
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """Return what a folder's generation.json says, which pictures are to be added to."""
+    try:
+        return read_generation(folder)
+    except DataError as error:
+        raise OutputError(
+            error.what, where=error.where, expected=error.expected, found=error.found, hint="choose another --out"
+        ) from error
+
+
+def _read_own(path: Path) -> dict[str, Any]:
+    """Return what this package itself left in ``.unfinished``.
+
+    Raises:
+        FileNotFoundError: another process has removed it.
+        OutputError: it is damaged.
+    """
+    try:
+        return read_object(path)
+    except SurgeryError as error:
+        os.lstat(path)
+        raise OutputError(
+            "the settings of this unfinished folder are damaged",
+            where=str(path.parent),
+            found=error.found,
+            hint="remove it",
+        ) from error
+
+
+def _agreed(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return each key with the value that all agree on, else None."""
+    keys = dict.fromkeys(key for one in told for key in one)
+    return {key: told[0].get(key) if all(one.get(key) == told[0].get(key) for one in told) else None for key in keys}
+
+
+def _is_still(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the folder, though others that begin just now may put something into it: they look again."""
+    for _ in range(BUSY_TRIES):
+        try:
+            disk.remove_tree(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            time.sleep(0.01)
 
 
 def _header() -> dict[str, Any]:

@@ -67,12 +67,13 @@ PRESETS = {
             prompts="one style's file of the dataset zhwang/HPDv2 on the Hub: benchmark/anime.json, concept-art.json, "
             "paintings.json or photo.json",
             source="YangPanHZAU/Stable_diffusion_acceleration_and_lightweight: README (8, 16 or 20 steps; no seed "
-            "given); tgxs002/HPSv2: 800 prompts a style, pictures named 00000 on",
+            "given); tgxs002/HPSv2: 800 prompts a style, saved by PIL as 00000.jpg on (its README, evaluation.py)",
             size=512,
             scheduler="dpmsolver++",
             steps=8,
             guidance=7.5,
             seed=0,
+            jpeg=75,
         ),
     )
 }
