@@ -294,7 +294,8 @@ def test_parts_of_different_batches_leave_no_prompt_out(whole: Path, prompts: Pa
 
 def test_room_for_all_folders_of_a_disk(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = COUNT * SIDE * SIDE * 3
-    monkeypatch.setattr(disk, "free_bytes", lambda _: (4 << 20) + 2 * one - 1)
+    free = (4 << 20) + 2 * one - 1
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: free if tmp_path in folder.parents else 1 << 40)
     with pytest.raises(OutputError, match="not enough room"):
         generate("tiny-random", prompts, tmp_path / "out", full_size=tmp_path / "full", **OPTIONS)
     assert not list(tmp_path.rglob("*.png"))
