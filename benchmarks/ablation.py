@@ -47,6 +47,8 @@ RECIPES = ("bk_base", "bk_tiny")
 SEEDS = (0, 1, 2)
 FEATURE = "pooled VAE latents"
 POLL_SECONDS = 0.2
+BARS_LEFT, BARS_WIDTH = 250, 400
+"""Where the bars of the picture begin, and how long one of 100 % is, in pixels."""
 
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "random-task": (
@@ -372,7 +374,7 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
         f"{settings.sampling_steps} steps."
     )
     accuracy += "".join(_of_teacher(r) for r in results if r["variant"] == ITSELF)
-    shown = "![pictures that are right, in %, by row of the table](ablation.svg)"
+    shown = "![how many pictures are right, by what the students were trained with](ablation.svg)"
     lines = [f"# Do the losses earn their keep?\n\n{what}\n\n{judged_how}\n\n{accuracy}\n\n{shown}"]
     for recipe in RECIPES:
         columns = f"right, one | right, two | output error | Fréchet distance on {FEATURE}"
@@ -425,18 +427,41 @@ def _range(values: Sequence[float], form: str) -> str:
 
 
 def picture(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the mean accuracy of each row of the table, a line a recipe, as an SVG file."""
-    from unet_surgery.pages.chart import Curve, standalone_svg
+    """Return the accuracies as an SVG file: a bar for each row of each table, its length the mean over seeds.
 
-    curves = []
+    A line through its end leads from the smallest of the seeds to the largest.
+    """
+    from unet_surgery.picture.palette import FONTS
+
+    lines, y = list[str](), 0
     for recipe in RECIPES:
-        points = [
-            (number, statistics.fmean(r["scores"]["all"]["right"] for r in rows))
-            for number, (variant, _) in enumerate(_rows())
-            if (rows := [r for r in results if r["recipe"] == recipe and r["variant"] == variant])
-        ]
-        curves.append(Curve(recipe, [n for n, _ in points], [100 * share for _, share in points]))
-    return standalone_svg(curves, title="pictures that are right, %", x_label="row of the table", log=False)
+        y += 28
+        lines.append(f'<text class="head" x="0" y="{y}">{recipe}: pictures that are right</text>')
+        for variant, title in _rows():
+            rows = [r for r in results if r["recipe"] == recipe and r["variant"] == variant]
+            if rows:
+                y += 24
+                lines += _bar(title, [r["scores"]["all"]["right"] for r in rows], y)
+        y += 8
+    style = (
+        f"text{{font:13px {FONTS};fill:#37414b}}.head{{font-weight:600}}.value{{text-anchor:end}}.bar{{fill:#2f6fb0}}"
+        ".range{stroke:#b3590f;stroke-width:2}@media (prefers-color-scheme:dark){text{fill:#c3ccd5}.bar{fill:#6fb1f2}"
+        ".range{stroke:#f0a35e}}"
+    )
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {BARS_LEFT + BARS_WIDTH + 70} {y}">'
+    return "\n".join([start, f"<style>{style}</style>", *lines, "</svg>"]) + "\n"
+
+
+def _bar(title: str, shares: Sequence[float], y: int) -> list[str]:
+    """Return a row of the picture whose text stands on ``y``."""
+    low, mean, high = (BARS_WIDTH * share for share in (min(shares), statistics.fmean(shares), max(shares)))
+    right = BARS_LEFT + BARS_WIDTH + 66
+    line = f'<path class="range" d="M{BARS_LEFT + low:.1f} {y - 5}H{BARS_LEFT + high:.1f}"/>' if high > low else ""
+    return [
+        f'<text x="0" y="{y}">{title}</text>',
+        f'<rect class="bar" x="{BARS_LEFT}" y="{y - 12}" width="{mean:.1f}" height="14"/>{line}',
+        f'<text class="value" x="{right}" y="{y}">{statistics.fmean(shares):.1%}</text>',
+    ]
 
 
 if __name__ == "__main__":

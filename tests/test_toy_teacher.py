@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -541,7 +542,10 @@ def test_the_table_has_means_and_ranges() -> None:
     assert "A training took 60 to 62 CPU seconds (a machine, 1 threads a job)." in text
     assert "The teacher itself: 93.8% and 93.8% right, Fréchet distance 3.00." in text
     assert "FID" not in text
-    assert 'd="M' in ablation.picture(rows)
+    picture, left = ablation.picture(rows), ablation.BARS_LEFT
+    assert re.findall(r'width="([\d.]+)"', picture) == ["0.0", f"{0.5 * ablation.BARS_WIDTH:.1f}"]
+    (ends,) = re.findall(r'class="range" d="M([\d.]+) \d+H([\d.]+)"', picture)  # a single seed has no range
+    assert [float(end) - left for end in ends] == [0.25 * ablation.BARS_WIDTH, 0.75 * ablation.BARS_WIDTH]
 
 
 def test_output_error_is_relative_to_the_teachers_power(stand_in: Path) -> None:
