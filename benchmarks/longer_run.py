@@ -46,7 +46,7 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--captions", type=int, default=500, help="of one object, and as many of two")
+    parser.add_argument("--captions", type=int, default=250, help="of one object, and as many of two")
     parser.add_argument("--only", help="one recipe")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=DOCS)

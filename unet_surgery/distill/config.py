@@ -139,11 +139,10 @@ class Objectives(_Model):
         others = {"task": self.task, "output_kd": self.output_kd, "feature_kd": self.feature_kd.weight}
         given = [name for name, weight in others.items() if weight]
         if given:
+            have = f"{', '.join(given)} {'has one' if len(given) == 1 else 'have some'}"
             raise _refused(
                 "step_kd goes alone",
-                f"no other weights (its share of the task is its task_share), and {', '.join(given)} has one"
-                if len(given) == 1
-                else f"no other weights (its share of the task is its task_share), and {', '.join(given)} have some",
+                f"no other weights (its share of the task is its task_share), and {have}",
                 hint=", ".join(f"{name}: 0" for name in given),
             )
         if self.min_snr is not None:

@@ -172,10 +172,8 @@ def dry_run(config: RunConfig, *, rate: float | None = None, num_processes: int 
 
 
 def _network(config: RunConfig, name: str) -> Network:
-    try:
+    with named_in(config, name):
         return read_network(name)
-    except SurgeryError as error:
-        raise error.at(named_in(config, name)) from error.__cause__
 
 
 def _stage(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from unet_surgery.distill.config import RunConfig
-from unet_surgery.errors import ConfigError, RunError, printable
+from unet_surgery.errors import ConfigError, RunError, SurgeryError, printable
 from unet_surgery.graph.config import DEFAULTS
 
 __all__ = [
@@ -178,11 +179,15 @@ def no_such_student(name: str) -> RunError:
     )
 
 
-def named_in(config: RunConfig, name: str) -> str:
-    """Return which key of a run names this network, for an error that does not know."""
-    places = {config.student: "student", config.base: "base"}
-    teachers = {stage.teacher: f"stage {stage.name}, teacher" for stage in reversed(config.stages)}
-    return (teachers | places)[name]
+@contextmanager
+def named_in(config: RunConfig, name: str) -> Iterator[None]:
+    """Let an error that does not know where it is say which key of the run names this network."""
+    try:
+        yield
+    except SurgeryError as error:
+        places = {config.student: "student", config.base: "base"}
+        teachers = {stage.teacher: f"stage {stage.name}, teacher" for stage in reversed(config.stages)}
+        raise error.at((teachers | places)[name]) from error.__cause__
 
 
 def _prediction_type(scheduler: Config) -> str:

@@ -18,7 +18,7 @@ from unet_surgery.distill.config import RunConfig, Speed
 from unet_surgery.distill.diffusion import NoiseSchedule
 from unet_surgery.distill.fit import check_prediction, named_in, no_such_student, other_noise
 from unet_surgery.distill.weights import DTYPES
-from unet_surgery.errors import RunError, SurgeryError, TeacherError, printable
+from unet_surgery.errors import RunError, TeacherError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.lower import SurgeryPlan
 from unet_surgery.runtime.load import load_unet
@@ -81,10 +81,8 @@ def find_folders(config: RunConfig, progress: Progress) -> Folders:
 
 
 def _named(config: RunConfig, name: str, progress: Progress) -> Path:
-    try:
+    with named_in(config, name):
         return _folder(name, progress)
-    except SurgeryError as error:
-        raise error.at(named_in(config, name)) from error.__cause__
 
 
 def _folder(name: str, progress: Progress) -> Path:

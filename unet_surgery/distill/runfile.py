@@ -140,12 +140,11 @@ def _remove(data: Any, path: tuple[str | int, ...]) -> None:
     stages = data.get("stages") if path[0] in Stage.model_fields else None
     for root in (data, *(stages if isinstance(stages, list) else ())):
         at = root
-        for part in path[:-1]:
-            at = (
-                at[part]
-                if isinstance(at, list) and isinstance(part, int) and part < len(at)
-                else (at.get(part) if isinstance(at, dict) else None)
-            )
+        try:
+            for part in path[:-1]:
+                at = at[part]
+        except (KeyError, IndexError, TypeError):  # nothing stands there
+            continue
         if isinstance(at, dict):
             at.pop(path[-1], None)
 
