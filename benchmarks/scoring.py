@@ -1,13 +1,18 @@
-"""Pictures a second through the Inception network: ours beside pytorch-fid 0.3.0 and torch-fidelity 0.4.0.
+"""Pictures a second of whole commands: ``stats`` beside pytorch-fid 0.3.0's, ``score -m is`` beside torch-fidelity's.
 
-The same pictures and the same weights file (random, from seeds). Each library runs its own code in a process of its
-own, theirs in the environment of make parity; what is timed is from the files to the features, after one round to warm
-up. Processes take turns, so that a busy machine slows all alike.
+    python benchmarks/scoring.py
+    python benchmarks/scoring.py --device cuda --count 10000
+
+The same pictures and the same weights file (random, from seeds), from the start of a process to its end, theirs in the
+environment of make parity. Commands take turns, so that a busy machine slows all alike; the last line of each pair says
+how far what they computed is apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
 import json
 import os
 import statistics
@@ -15,153 +20,131 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 
-import seeded  # noqa: E402
-
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+THEIRS = "--theirs"
+WEIGHTS = Path("hub", "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
+"""Where all of them look for the network below $TORCH_HOME."""
 
 
 def main() -> None:
-    options = parse_options()
-    if options.child is not None:
-        print(json.dumps(timed(CHILDREN[options.child], options)))
+    if sys.argv[1:2] == [THEIRS]:
+        run_theirs(sys.argv[2], sys.argv[3:])
         return
+    options = parse_options()
     from measure import machine
 
     what = f"{options.count} pictures of {options.size}×{options.size}, batch {options.batch}, {options.device}"
-    print(f"{machine()}; {what}")
+    print(f"{machine()}; {what}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, options.count, options.size)
-        seconds: dict[str, list[float]] = {name: [] for name in CHILDREN}
-        for _ in range(options.repeats):
-            for child, found in seconds.items():
-                found.append(run_child(child, folder, options))
-    for ours, theirs in (("ours-fid", "pytorch-fid"), ("ours-is", "torch-fidelity")):
-        for child in (theirs, ours):
-            print(line(child, seconds[child], options.count, seconds[theirs] if child == ours else None))
-
-
-def line(name: str, seconds: list[float], count: int, reference: list[float] | None) -> str:
-    median = statistics.median(seconds)
-    text = f"{name:<16}{count / median:8.2f} pictures/s  ({min(seconds):.2f}–{max(seconds):.2f} s)"
-    return text if reference is None else f"{text}  {statistics.median(reference) / median:5.2f} x"
+        sha256 = prepare(folder, options.count, options.size)
+        for ours, theirs in (fid_commands(options, sha256), is_commands(options, sha256)):
+            compare(ours, theirs, folder, options)
+        print(f"statistics: {statistics_apart(folder):.1e} of their largest values apart; IS: {is_apart(folder):.1e}")
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=64, help="pictures")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2048, help="pictures; statistics take no fewer than 2,048")
     parser.add_argument("--size", type=int, default=256, help="their side")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--parity", type=Path, default=ROOT / ".venv-parity" / "bin" / "python", help="its python")
-    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def prepare(folder: Path, count: int, size: int) -> None:
+def prepare(folder: Path, count: int, size: int) -> str:
+    """Write pictures and weights; return the weights' sha256."""
+    import seeded
     import torch
 
     from unet_surgery.evaluate.inception import tensor_shapes
 
     seeded.write_pictures(folder / "pictures", seeded.pictures(count, size, size))
-    weights = folder / "hub" / "checkpoints" / WEIGHTS
-    weights.parent.mkdir(parents=True)
-    torch.save({n: torch.from_numpy(v) for n, v in seeded.seeded_tensors(tensor_shapes()).items()}, weights)
+    (folder / WEIGHTS).parent.mkdir(parents=True)
+    torch.save({n: torch.from_numpy(v) for n, v in seeded.seeded_tensors(tensor_shapes()).items()}, folder / WEIGHTS)
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
-def run_child(child: str, folder: Path, options: argparse.Namespace) -> float:
-    python = sys.executable if child.startswith("ours") else str(options.parity)
-    words = [python, __file__, "--child", child, "--folder", str(folder), "--device", options.device]
-    words += ["--batch", str(options.batch), "--count", str(options.count)]
-    environment = {**os.environ, "TORCH_HOME": str(folder)}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        sys.exit(f"{child} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def fid_commands(options: argparse.Namespace, sha256: str) -> tuple[list[str], list[str]]:
+    """Return the words that make statistics, ours and theirs."""
+    ours = ["stats", "pictures", "--out", "ours.npz", "--force", *our_options(options, sha256)]
+    theirs = ["pytorch_fid.fid_score", "--save-stats", "pictures", "theirs.npz"]
+    return ours, [*theirs, "--device", options.device, "--batch-size", str(options.batch)]
 
 
-def timed(load: Callable[[argparse.Namespace], Callable[[], object]], options: argparse.Namespace) -> float:
-    run = load(options)
-    run()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def is_commands(options: argparse.Namespace, sha256: str) -> tuple[list[str], list[str]]:
+    """Return the words that compute IS, ours and theirs."""
+    ours = ["score", "pictures", "-m", "is", "--out", "ours.json", "--force", *our_options(options, sha256)]
+    theirs = ["torch_fidelity.fidelity", "--isc", "--input1", "pictures", "--json", "--silent"]
+    theirs += ["--feature-extractor-weights-path", str(WEIGHTS), "--batch-size", str(options.batch)]
+    return ours, [*theirs, *(["--cpu"] if options.device == "cpu" else ["--gpu", "0"])]
 
 
-def pytorch_fid(options: argparse.Namespace) -> Callable[[], object]:
-    operators = declared()
-    from pytorch_fid.fid_score import get_activations
-    from pytorch_fid.inception import InceptionV3
-
-    model = InceptionV3([3]).to(options.device)
-    files = sorted((options.folder / "pictures").iterdir())
-    workers = min(len(os.sched_getaffinity(0)), 8)  # its command line's default
-
-    def run() -> object:
-        return operators, get_activations(files, model, options.batch, 2048, options.device, workers)
-
-    return run
+def our_options(options: argparse.Namespace, sha256: str) -> list[str]:
+    words = ["--inception", str(WEIGHTS), "--weights-sha256", sha256, "--quiet"]
+    return [*words, "--device", options.device, "--batch", str(options.batch)]
 
 
-def torch_fidelity(options: argparse.Namespace) -> Callable[[], object]:
-    operators = declared()
-    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
-
-    settings = {
-        "input1": str(options.folder / "pictures"),
-        "cuda": options.device != "cpu",
-        "batch_size": options.batch,
-        "feature_extractor_weights_path": str(options.folder / "hub" / "checkpoints" / WEIGHTS),
-        "verbose": False,
+def compare(ours: list[str], theirs: list[str], folder: Path, options: argparse.Namespace) -> None:
+    commands = {
+        f"{theirs[0].partition('.')[0]} {theirs[1]}": [str(options.parity), __file__, THEIRS, *theirs],
+        f"unet-surgery {ours[0]}": [sys.executable, "-m", "unet_surgery", *ours],
     }
-    network = create_feature_extractor("inception-v3-compat", ["logits_unbiased"], **settings)
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(options.repeats):
+        for name, words in commands.items():
+            seconds[name].append(run(words, folder))
+    reference = statistics.median(next(iter(seconds.values())))
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        span = f"({min(found):.1f}–{max(found):.1f} s)"
+        print(f"{name:<28}{options.count / median:8.2f} pictures/s  {span:<18}{reference / median:5.2f} x", flush=True)
 
-    def run() -> object:
-        return operators, extract_featuresdict_from_input_id(1, network, **settings)
 
-    return run
+def run(words: Sequence[str], folder: Path) -> float:
+    """Run a command in ``folder``; return the seconds it took. What it prints is kept for :func:`is_apart`."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TORCH_HOME": str(folder), "PYTHONPATH": path}
+    start = time.perf_counter()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    took = time.perf_counter() - start
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(words)} failed:\n{done.stderr}")
+    (folder / "said.txt").write_text(done.stdout) if THEIRS in words else None
+    return took
 
 
-def declared() -> object:
+def run_theirs(module: str, words: list[str]) -> None:
+    """Do what the console script of a library does, in this process."""
     from parity import declare_operators
 
-    return declare_operators()
+    operators = declare_operators()  # which end with what declared them
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
+    del operators
 
 
-def ours(options: argparse.Namespace, *, fid: bool) -> Callable[[], object]:
-    import torch
+def statistics_apart(folder: Path) -> float:
+    """Return the largest difference between both μ and Σ, as a share of theirs at the largest."""
+    import numpy as np
 
-    from unet_surgery.evaluate.features import Compute, inception_features
-    from unet_surgery.evaluate.inception import FidInception
-    from unet_surgery.evaluate.pictures import survey
-    from unet_surgery.evaluate.weights import read_tensors
-
-    net = FidInception(read_tensors(options.folder / "hub" / "checkpoints" / WEIGHTS)).to(options.device)
-    compute = Compute(torch.device(options.device), batch=options.batch)
-
-    def run() -> object:
-        return inception_features(net, survey(options.folder / "pictures"), compute, moments=fid, logits=not fid)
-
-    return run
+    with np.load(folder / "ours.npz") as ours, np.load(folder / "theirs.npz") as theirs:
+        return float(max(np.abs(ours[key] - theirs[key]).max() / np.abs(theirs[key]).max() for key in ("mu", "sigma")))
 
 
-def ours_fid(options: argparse.Namespace) -> Callable[[], object]:
-    return ours(options, fid=True)
-
-
-def ours_is(options: argparse.Namespace) -> Callable[[], object]:
-    return ours(options, fid=False)
-
-
-CHILDREN = {"pytorch-fid": pytorch_fid, "ours-fid": ours_fid, "torch-fidelity": torch_fidelity, "ours-is": ours_is}
+def is_apart(folder: Path) -> float:
+    """Return the difference between both IS, as a share of theirs."""
+    said = (folder / "said.txt").read_text()
+    theirs = json.loads(said[said.index("{") :])["inception_score_mean"]
+    ours = json.loads((folder / "ours.json").read_text())["scores"][0]["value"]
+    return float(abs(ours - theirs) / theirs)
 
 
 if __name__ == "__main__":

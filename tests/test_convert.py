@@ -312,7 +312,7 @@ def test_a_sharded_checkpoint_is_explained_and_the_way_works(tmp_path: Path) -> 
         ("fifo", None, False, TeacherError, "not a regular file"),
         ("x.pt", "x.pt", True, OutputError, "the output is the input"),
         ("x.pt", "there", False, OutputError, "the output exists"),
-        ("x.pt", "folder", True, OutputError, "the output exists"),
+        ("x.pt", "folder", True, OutputError, "the output is a folder"),
         ("x.pt", "no/out", False, OutputError, "does not exist"),
     ],
     ids=["no file", "a folder", "a FIFO", "onto itself", "exists", "a folder's place", "no folder"],

@@ -337,7 +337,7 @@ def test_nothing_is_replaced_without_force(unet: Path, tmp_path: Path) -> None:
     assert target.stat().st_size > 1000
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="is a folder"):
         us.export(unet, folder, force=True)
 
 

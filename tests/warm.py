@@ -17,27 +17,29 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Warm", "become", "run_main", "run_tool"]
 
-AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "PYTEST_CURRENT_TEST"}
+AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "UNET_SURGERY_PATIENCE", "PYTEST_CURRENT_TEST"}
 """What is looked up when a command runs; another value of anything else needs an interpreter of its own."""
+AT_IMPORT = {
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_OFFLINE", "HF_TOKEN",
+}  # fmt: skip
+"""What huggingface_hub looks up when it is imported: for a command with other values that must be done anew."""
 GIVEN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 """What every command gets here, asked for or not."""
-IMPORTS = [
+WITHOUT_HUB = ["rich.progress", "rich.table", "unet_surgery.api", "unet_surgery.cli.main"]
+EVERYTHING = [
+    *WITHOUT_HUB,
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "rich.progress",
-    "rich.table",
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
-    "unet_surgery.api",
-    "unet_surgery.cli.main",
     "unet_surgery.data.cache",
     "unet_surgery.distill.dryrun",
     "unet_surgery.distill.findbatch",
@@ -47,13 +49,19 @@ IMPORTS = [
 
 
 class Warm:
-    """A process that has imported everything, in ``env``; a context manager."""
+    """A process that has imported everything, or what ``imports`` says, in ``env``; a context manager.
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    It runs commands whose environment is another in ``may_differ`` only; the others get a Python of their own.
+    """
+
+    def __init__(
+        self, env: Mapping[str, str], imports: Sequence[str] = EVERYTHING, may_differ: Set[str] = AT_RUN_TIME
+    ) -> None:
         self._env = {**env, **GIVEN}
+        self._may_differ = may_differ
         self._socket, theirs = socket.socketpair()
         with theirs:
-            words = [sys.executable, __file__, str(theirs.fileno())]
+            words = [sys.executable, __file__, str(theirs.fileno()), *imports]
             self._process = subprocess.Popen(
                 words, env=self._env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -82,7 +90,7 @@ class Warm:
         """Run ``unet-surgery WORDS`` without input, as :func:`subprocess.run`; ``env`` is the whole environment."""
         env = dict(self._env if env is None else env)
         command = [sys.executable, "-m", "unet_surgery", *words]
-        if not self._differing(env) <= AT_RUN_TIME:
+        if not self.can_run(env):
             return subprocess.run(
                 command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
             )
@@ -94,9 +102,10 @@ class Warm:
             raise subprocess.TimeoutExpired(command, timeout, *texts)
         return subprocess.CompletedProcess(command, code, *texts)
 
-    def _differing(self, env: Mapping[str, str]) -> set[str]:
+    def can_run(self, env: Mapping[str, str]) -> bool:
+        """Tell whether a child of this process is as good as a new one in ``env``."""
         names = env.keys() | (self._env.keys() - GIVEN.keys())
-        return {name for name in names if env.get(name) != self._env.get(name)}
+        return {name for name in names if env.get(name) != self._env.get(name)} <= self._may_differ
 
     def _ask(self, job: Mapping[str, object], *fds: int) -> int:
         data = json.dumps(job).encode()
@@ -111,13 +120,22 @@ class Warm:
 def run_tool(
     words: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """As :meth:`Warm.run`, in a process for all tests."""
-    return _of_all_tests().run(words, cwd=cwd, env=os.environ if env is None else env, timeout=timeout)
+    """As :meth:`Warm.run`, in one of two processes for all tests."""
+    env = os.environ if env is None else env
+    warm = _with_everything()
+    return (warm if warm.can_run(env) else _without_hub()).run(words, cwd=cwd, env=env, timeout=timeout)
 
 
 @cache
-def _of_all_tests() -> Warm:
+def _with_everything() -> Warm:
     warm = Warm(os.environ)
+    atexit.register(warm.close)
+    return warm
+
+
+@cache
+def _without_hub() -> Warm:
+    warm = Warm(os.environ, WITHOUT_HUB, AT_RUN_TIME | AT_IMPORT)
     atexit.register(warm.close)
     return warm
 
@@ -178,8 +196,10 @@ def run_main() -> int:
 if __name__ == "__main__":
     import importlib
 
-    for name in IMPORTS:
+    for name in sys.argv[2:]:
         importlib.import_module(name)
+    if sys.argv[2:] == WITHOUT_HUB and "huggingface_hub" in sys.modules:
+        sys.exit("the package imports huggingface_hub before it is needed")
     gc.freeze()  # what is there need not be walked, and so copied, in every child
     job = _serve(socket.socket(fileno=int(sys.argv[1])))
     become(job["words"], job["cwd"], job["env"])
