@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from configs import CONFIGS
 from hypothesis import HealthCheck, settings
 from teachers import write_unet
@@ -26,6 +27,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.mktemp("cache")
     os.environ["UNET_SURGERY_CACHE"] = str(cache / "unet-surgery")
     os.environ["HF_HOME"] = str(cache / "hf")
+    warm.of_the_session(os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,18 @@ import numpy as np
 from PIL import Image
 
 __all__ = [
-    "CAPTIONS", "CLIP_CONFIG", "MERGES", "SIZES", "digest_of", "gaussian", "gzipped_vocabulary", "logits",
-    "pictures", "seeded_tensors", "vocabulary", "write_pictures", "write_vocabulary",
+    "CAPTIONS", "CLIP_CONFIG", "FROM_FILES", "MERGES", "SIZES", "SPLITS", "SUBSETS", "SUBSET_SIZE", "digest_of",
+    "gaussian", "gzipped_vocabulary", "logits", "pictures", "seeded_tensors", "vocabulary", "write_pictures",
+    "write_vocabulary",
 ]  # fmt: skip
 
 SIZES = ((64, 48), (299, 299), (320, 400))
 """Width and height of the pictures that features are compared on."""
+
+FROM_FILES = (5, 48, 48)
+"""How many pictures of which size are scored from their files: as few as tests can afford."""
+SPLITS, SUBSETS, SUBSET_SIZE = 2, 3, 4
+"""And into what they are cut: of IS and KID."""
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 24,

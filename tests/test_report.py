@@ -26,6 +26,7 @@ from test_published import giga, plan_of
 import unet_surgery as us
 from unet_surgery.errors import DataError, OutputError, SurgeryError, UsageError
 from unet_surgery.evaluate.metrics import METRICS
+from unet_surgery.evaluate.pictures import Change
 from unet_surgery.evaluate.published import MODELS, PROTOCOL, models_of_size
 from unet_surgery.pages.page import Bar, Bars, Drawing, Scatter, Table, page
 from unet_surgery.pages.scatter import Point, scatter_svg, standalone_scatter
@@ -362,6 +363,14 @@ def test_the_published_protocol_is_the_presets() -> None:
     protocol = {"implementation": "x", "count": 30_000}
     found = Score.model_validate({"metric": "fid", "value": 1.0, "protocol": protocol})
     assert unlike_published(drawn, found) == []
+    theirs = {"name": "x", "count": 40_504, "resolution": [256, 256], "change": Change(256, 75).words}
+    for reference, unlike in (
+        (theirs, []),
+        (theirs | {"count": 5_000}, ["pictures of the reference 5,000 instead of 40,504"]),
+        (theirs | {"change": None}, [f"reference prepared by what is not recorded instead of {theirs['change']}"]),
+    ):
+        found = Score.model_validate({"metric": "fid", "value": 1.0, "protocol": {**protocol, "reference": reference}})
+        assert unlike_published(drawn, found) == unlike
     preset = PRESETS["mscoco30k"]
     assert PROTOCOL.preset is preset
     assert (PROTOCOL.scheduler, PROTOCOL.filter, PROTOCOL.side) == ("PNDMScheduler", "bicubic", preset.resize)

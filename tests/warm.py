@@ -126,16 +126,24 @@ def run_tool(
     return (warm if warm.can_run(env) else _without_hub()).run(words, cwd=cwd, env=env, timeout=timeout)
 
 
+def of_the_session(env: Mapping[str, str]) -> None:
+    """Take the environment in which the two processes for all tests start, whatever that of the first test is."""
+    _session.update(env)
+
+
+_session: dict[str, str] = {}
+
+
 @cache
 def _with_everything() -> Warm:
-    warm = Warm(os.environ)
+    warm = Warm(_session)
     atexit.register(warm.close)
     return warm
 
 
 @cache
 def _without_hub() -> Warm:
-    warm = Warm(os.environ, WITHOUT_HUB, AT_RUN_TIME | AT_IMPORT)
+    warm = Warm(_session, WITHOUT_HUB, AT_RUN_TIME | AT_IMPORT)
     atexit.register(warm.close)
     return warm
 

@@ -61,7 +61,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["TORCH_HOME"] = str(folder)
         goldens = {"versions": {library: importlib.metadata.version(library) for library in LIBRARIES}}
-        goldens |= inception(folder) | distances() | clip(folder)
+        goldens |= inception(folder) | files(folder) | distances() | clip(folder)
     del operators
     path = ROOT / "tests" / "goldens" / "scores.json"
     if "--write" in sys.argv[1:]:
@@ -138,6 +138,37 @@ def inception(folder: Path) -> dict[str, Any]:
     return {
         "inception_names": seeded.digest_of(f"{name} {list(shape)}" for name, shape in shapes.items()),
         "inception": rows,
+    }
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """From two folders to the numbers, by what the libraries' commands call; after :func:`inception`, whose weights."""
+    from pytorch_fid.fid_score import calculate_fid_given_paths
+    from torch_fidelity import calculate_metrics
+
+    paths = []
+    for seed in (1, 2):
+        seeded.write_pictures(folder / f"from {seed}", seeded.pictures(*seeded.FROM_FILES, seed))
+        paths.append(str(folder / f"from {seed}"))
+    found = calculate_metrics(
+        input1=paths[0],
+        input2=paths[1],
+        cuda=False,
+        isc=True,
+        kid=True,
+        isc_splits=seeded.SPLITS,
+        kid_subset_size=seeded.SUBSET_SIZE,
+        kid_subsets=seeded.SUBSETS,
+        feature_extractor_weights_path=str(folder / "hub" / "checkpoints" / INCEPTION_FILE),
+        cache=False,
+        verbose=False,
+    )
+    return {
+        "files": {
+            "fid": float(calculate_fid_given_paths(paths, 2, "cpu", 2048, 0)),
+            "is": [found[f"inception_score_{part}"] for part in ("mean", "std")],
+            "kid": [found[f"kernel_inception_distance_{part}"] for part in ("mean", "std")],
+        }
     }
 
 

@@ -21,7 +21,7 @@ from pathlib import PurePosixPath
 from unet_surgery.data.statisticsnote import StatisticsNote
 from unet_surgery.errors import UsageError, printable
 
-__all__ = ["SETS", "Archive", "Piece", "PublishedSet", "find_set"]
+__all__ = ["COCO_STATISTICS", "SETS", "Archive", "Piece", "PublishedSet", "find_set"]
 
 _BK_SDM = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 _COCO = "http://images.cocodataset.org"
@@ -137,6 +137,11 @@ def _hpd(style: str, size: int, sha256: str) -> Piece:
     return Piece(f"hub:{_HPD}@{_HPD_COMMIT}/benchmark/{style}.json", size, size, sha256)
 
 
+COCO_STATISTICS = StatisticsNote(
+    "MS-COCO val2014 (BK-SDM)", 40_504, (256, 256), "bicubic to 256×256, JPEG of quality 75"
+)
+"""What BK-SDM's FID compares with."""
+
 SETS = {
     published.name: published
     for published in (
@@ -150,9 +155,7 @@ SETS = {
                 Piece(f"{_BK_SDM}/mscoco_val2014_30k/metadata.csv"),
                 Piece(
                     f"{_BK_SDM}/mscoco_val2014_41k_full/real_im256.npz",
-                    note=StatisticsNote(
-                        "MS-COCO val2014 (BK-SDM)", 40_504, (256, 256), "bicubic to 256×256, JPEG of quality 75"
-                    ),
+                    note=COCO_STATISTICS,
                 ),
             ),
             licence=_COCO_LICENCE,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from unet_surgery.data.publishedsets import COCO_STATISTICS
+from unet_surgery.data.statisticsnote import StatisticsNote
 from unet_surgery.sample.presets import PRESETS, Preset
 from unet_surgery.sample.schedulers import SCHEDULERS
 
@@ -19,14 +21,14 @@ __all__ = ["MODELS", "PROTOCOL", "PublishedModel", "PublishedProtocol", "models_
 class PublishedProtocol:
     """How the pictures behind published scores were drawn and measured, as far as it is published.
 
-    ``preset`` draws them so; ``filter`` is what made them smaller.
+    ``preset`` draws them so; ``filter`` is what made them smaller; ``reference`` is what FID compares them with.
     """
 
     preset: Preset
     source: str
     prompts: str
     filter: str
-    reference_count: int
+    reference: StatisticsNote
     clip: str
 
     @property
@@ -56,7 +58,7 @@ PROTOCOL = PublishedProtocol(
     source="BK-SDM, MODEL_CARD.md (github.com/Nota-NetsPresso/BK-SDM)",
     prompts="MS-COCO 2014 validation captions",
     filter="bicubic",
-    reference_count=40_504,
+    reference=COCO_STATISTICS,
     clip="ViT-g/14",
 )
 

@@ -101,6 +101,7 @@ class Reference(_Read):
     sha256: Text | None = None
     count: Count | None = None
     resolution: Any = None
+    change: Text | None = None
 
 
 class Protocol(_Read):

@@ -171,8 +171,12 @@ def unlike_published(images: Images, score: Score) -> list[str]:
         ("preset", preset.name, generation.preset or "none"),
     ]
     reference = score.protocol.reference
-    if score.metric == "fid" and reference is not None and reference.count is not None:
-        pairs.append(("pictures of the reference", f"{PROTOCOL.reference_count:,}", f"{reference.count:,}"))
+    if score.metric == "fid" and reference is not None:
+        number = "unknown" if reference.count is None else f"{reference.count:,}"
+        pairs += [
+            ("pictures of the reference", f"{PROTOCOL.reference.count:,}", number),
+            ("reference prepared by", PROTOCOL.reference.change or "", reference.change or "what is not recorded"),
+        ]
     return [f"{name} {ours} instead of {theirs or 'none'}" for name, theirs, ours in pairs if ours != theirs]
 
 
