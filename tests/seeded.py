@@ -17,8 +17,23 @@ import numpy as np
 from PIL import Image
 
 __all__ = [
-    "CAPTIONS", "CLIP_CONFIG", "FROM_FILES", "MERGES", "SIZES", "SPLITS", "SUBSETS", "SUBSET_SIZE", "digest_of",
-    "gaussian", "gzipped_vocabulary", "logits", "pictures", "seeded_tensors", "vocabulary", "write_pictures",
+    "CAPTIONS",
+    "CLIP_CONFIG",
+    "FROM_FILES",
+    "MERGES",
+    "SIZES",
+    "SPLITS",
+    "SUBSETS",
+    "SUBSET_SIZE",
+    "digest_of",
+    "gaussian",
+    "gzipped_vocabulary",
+    "logits",
+    "pictures",
+    "seeded_tensors",
+    "unlike_pictures",
+    "vocabulary",
+    "write_pictures",
     "write_vocabulary",
 ]  # fmt: skip
 
@@ -74,7 +89,8 @@ def _tensor(name: str, shape: tuple[int, ...]) -> Any:
         is_gain = name.endswith("weight")
         return (0.1 * values + (1 if is_gain else 0)).astype(np.float32)
     fan_in = int(np.prod(shape[1:]))
-    return (values * np.float32((2 / fan_in) ** 0.5)).astype(np.float32)
+    gain = 0.02 if name == "fc.weight" else 1  # so that more than one class is likely
+    return (values * np.float32(gain * (2 / fan_in) ** 0.5)).astype(np.float32)
 
 
 def pictures(count: int, width: int, height: int, seed: int = 0) -> Any:
@@ -84,6 +100,12 @@ def pictures(count: int, width: int, height: int, seed: int = 0) -> Any:
     rows, columns = np.arange(height) * 8 // height, np.arange(width) * 8 // width
     grain = random.integers(-40, 41, (count, height, width, 3))
     return np.clip(coarse[:, rows][:, :, columns] + grain, 0, 255).astype(np.uint8)
+
+
+def unlike_pictures(seed: int) -> Any:
+    """Return those of FROM_FILES: each brighter than the one before, for alike ones are one class to random weights."""
+    values = pictures(*FROM_FILES, seed)
+    return (values * np.linspace(0, 1, len(values))[:, None, None, None]).astype(np.uint8)
 
 
 def write_pictures(folder: Path, values: Any) -> list[Path]:

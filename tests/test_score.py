@@ -724,12 +724,13 @@ def test_whatever_numpys_parser_raises_is_a_damaged_file(
 
 
 def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_path: Path) -> None:
-    """Statistics, then scores against them: what the network's features give by hand."""
+    """Statistics, then scores against them: what pytorch-fid says of the same files."""
+    count, side, _ = seeded.FROM_FILES
     for name, seed in (("real", 1), ("drawn", 2)):
-        seeded.write_pictures(tmp_path / name, seeded.pictures(SMALL, 48, 48, seed))
+        seeded.write_pictures(tmp_path / name, seeded.pictures(*seeded.FROM_FILES, seed))
     path = tmp_path / "stats.npz"
     made = make_statistics(tmp_path / "real", path, inception=weights.path, weights_sha256=weights.sha256)
-    assert (made.count, made.resolution, made.name) == (SMALL, (48, 48), "real")
+    assert (made.count, made.resolution, made.name) == (count, (side, side), "real")
     seen: list[tuple[int, int]] = []
     report = score(
         tmp_path / "drawn",
@@ -740,29 +741,16 @@ def test_the_whole_way_from_pictures_to_fid(few: None, weights: Weights, tmp_pat
         batch=3,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(3, SMALL), (SMALL, SMALL)]
+    assert seen == [(3, count), (count, count)]
     (distance,) = report.scores
     assert distance.metric == "frechet-distance"  # with these weights it is not FID, and is not called so
-    net = FidInception(read_tensors(weights.path))
-    with torch.inference_mode():
-        first, second = (
-            net(
-                resized(torch.from_numpy(seeded.pictures(SMALL, 48, 48, seed)).permute(0, 3, 1, 2), "pytorch-fid")
-            ).double()
-            for seed in (1, 2)
-        )
-    a, b = ((values - values.mean(dim=0)).numpy() for values in (first, second))
-    nuclear = np.linalg.svd(a @ b.T, compute_uv=False).sum()
-    exact = float(((first.mean(dim=0) - second.mean(dim=0)) ** 2).sum()) + (
-        (a**2).sum() + (b**2).sum() - 2 * nuclear
-    ) / (SMALL - 1)
-    assert distance.value == pytest.approx(exact, rel=1e-4)
+    assert distance.value == pytest.approx(GOLDENS["files"]["fid"], rel=1e-4)
     protocol = distance.protocol
     assert protocol["weights"] == {"name": "seeded.pth", "sha256": weights.sha256, "published": False}
-    assert protocol["reference"]["count"] == protocol["count"] == SMALL
+    assert protocol["reference"]["count"] == protocol["count"] == count
     assert protocol["reference"]["sha256"] == _sha256(path)
-    assert protocol["resolution"] == protocol["reference"]["resolution"] == [48, 48]
-    assert report.warnings[0].startswith("4 pictures are few")
+    assert protocol["resolution"] == protocol["reference"]["resolution"] == [side, side]
+    assert report.warnings[0].startswith(f"{count} pictures are few")
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -797,26 +785,25 @@ def test_references_that_do_not_fit_are_refused(few: None, weights: Weights, tmp
 
 
 def test_is_and_kid_of_folders(weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch-fidelity says of the same files."""
     monkeypatch.setitem(METRICS, "kid", dataclasses.replace(METRICS["kid"], min_pictures=4))
     monkeypatch.setitem(METRICS, "is", dataclasses.replace(METRICS["is"], min_pictures=4))
-    monkeypatch.setattr(score_module, "inception_score", functools.partial(inception_score, splits=2))
-    monkeypatch.setattr(score_module, "kernel_distance", functools.partial(kernel_distance, size=4, subsets=3))
-    features = []
+    spread_of = functools.partial(inception_score, splits=seeded.SPLITS)
+    distance_of = functools.partial(kernel_distance, size=seeded.SUBSET_SIZE, subsets=seeded.SUBSETS)
+    monkeypatch.setattr(score_module, "inception_score", spread_of)
+    monkeypatch.setattr(score_module, "kernel_distance", distance_of)
+    count, side, _ = seeded.FROM_FILES
     for seed in (1, 2):
-        folder = tmp_path / str(seed)
-        seeded.write_pictures(folder, seeded.pictures(5, 40, 40, seed))
-        net = FidInception(read_tensors(weights.path))
-        features.append(inception_features(net, survey(folder), Compute(torch.device("cpu")), pool3=True).pool3_ND)
+        seeded.write_pictures(tmp_path / str(seed), seeded.unlike_pictures(seed))
     found, spread = score(
         tmp_path / "1", ["kid", "is"], reference=tmp_path / "2", inception=weights.path, weights_sha256=weights.sha256
     ).scores
-    assert (found.value, found.error) == pytest.approx(kernel_distance(*features, size=4, subsets=3), rel=1e-4)
-    logits = net.logits(torch.from_numpy(features[0]))
-    assert (spread.value, spread.error) == pytest.approx(inception_score(logits, splits=2), rel=1e-4)
+    assert (found.value, found.error) == pytest.approx(tuple(GOLDENS["files"]["kid"]), rel=1e-4)
+    assert (spread.value, spread.error) == pytest.approx(tuple(GOLDENS["files"]["is"]), rel=1e-4)
     assert (found.metric, spread.metric) == ("kernel-distance", "exp-class-information")
     assert spread.protocol["reference"] is None
     assert found.protocol["reference"] == {
-        "name": "2", "sha256": _files_sha256(tmp_path / "2"), "count": 5, "resolution": [40, 40],
+        "name": "2", "sha256": _files_sha256(tmp_path / "2"), "count": count, "resolution": [side, side],
         "resolution_is_told": False, "change": None,
     }  # fmt: skip
 
