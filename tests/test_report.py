@@ -112,7 +112,13 @@ def scores(path: Path, drawn: dict[str, Any] | None, values: dict[str, float], *
             "protocol": {
                 "implementation": f"as the library of {metric}",
                 "weights": {"name": "weights", "sha256": SHA["weights"]},
-                "reference": {"name": "coco", "sha256": SHA["reference"], "count": 40_504, "resolution": [256, 256]},
+                "reference": {
+                    "name": "coco",
+                    "sha256": SHA["reference"],
+                    "count": 40_504,
+                    "resolution": [256, 256],
+                    "change": PROTOCOL.reference.change,
+                },
                 "resolution": [256, 256],
                 "resize": "bilinear",
                 "count": count,
