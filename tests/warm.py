@@ -24,7 +24,13 @@ from typing import Any
 
 __all__ = ["Warm", "become", "run_main", "run_tool"]
 
-AT_RUN_TIME = {"COLUMNS", "UNET_SURGERY_CACHE", "UNET_SURGERY_PATIENCE", "PYTEST_CURRENT_TEST"}
+AT_RUN_TIME = {
+    "COLUMNS",
+    "UNET_SURGERY_CACHE",
+    "UNET_SURGERY_PATIENCE",
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 """What is looked up when a command runs; another value of anything else needs an interpreter of its own."""
 AT_IMPORT = {
     "HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_OFFLINE", "HF_TOKEN",
