@@ -50,7 +50,7 @@ test-extra: .venv/.dev
 # All exact, and without what they ask for besides: hpsv2 wants an old pytest.
 .venv-parity/.made: parity-constraints.txt
 	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
-	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps setuptools -r parity-constraints.txt
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r parity-constraints.txt
 	touch $@
 
 parity: .venv-parity/.made

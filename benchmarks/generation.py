@@ -150,6 +150,7 @@ def compare(arguments: argparse.Namespace) -> None:
             rows["generate, compiled"] = ours(compiled, path, arguments.steps, compiled=True)
         for batch in arguments.batches:
             _measure(rows, batch, arguments)
+            torch._dynamo.reset()  # so that the next size is compiled for itself, as in a process of its own
 
 
 def _changed(drawer: Drawer, *, last: bool, compiled: bool = False) -> Drawer:
@@ -182,6 +183,7 @@ def _measure(rows: dict[str, Draw], batch: int, arguments: argparse.Namespace) -
         if arguments.json is not None:
             row = {"batch": batch, "row": name, "pictures_a_second": rate, "low": low, "high": high}
             row |= {"ratio": ratios[0], "cpu_ratio": ratios[1], "size": arguments.size, "dtype": arguments.dtype}
+            row |= {"steps": arguments.steps, "device": arguments.device, "torch": torch.__version__}
             with arguments.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

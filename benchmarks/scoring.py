@@ -4,8 +4,8 @@
     python benchmarks/scoring.py --device cuda --count 10000
 
 The same pictures and the same weights file (random, from seeds), from the start of a process to its end, theirs in the
-environment of make parity. Commands take turns, so that a busy machine slows all alike; the last line of each pair says
-how far what they computed is apart.
+environment of make parity. Commands take turns, each the first in every second turn, so that a busy machine slows both
+alike; the last line says how far what they computed is apart.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def compare(ours: list[str], theirs: list[str], folder: Path, options: argparse.
         f"unet-surgery {ours[0]}": [sys.executable, "-m", "unet_surgery", *ours],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(options.repeats):
-        for name, words in commands.items():
-            seconds[name].append(run(words, folder))
+    for turn in range(options.repeats):
+        for name in list(commands)[:: 1 if turn % 2 else -1]:
+            (folder / "theirs.npz").unlink(missing_ok=True)  # which theirs refuses to replace
+            seconds[name].append(run(commands[name], folder))
     reference = statistics.median(next(iter(seconds.values())))
     for name, found in seconds.items():
         median = statistics.median(found)
@@ -117,7 +118,8 @@ def run(words: Sequence[str], folder: Path) -> float:
     took = time.perf_counter() - start
     if done.returncode != 0:
         sys.exit(f"{' '.join(words)} failed:\n{done.stderr}")
-    (folder / "said.txt").write_text(done.stdout) if THEIRS in words else None
+    if THEIRS in words:
+        (folder / "said.txt").write_text(done.stdout)
     return took
 
 

@@ -37,7 +37,7 @@ AT_IMPORT = {
 }  # fmt: skip
 """What huggingface_hub looks up when it is imported: for a command with other values that must be done anew."""
 GIVEN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-"""What every command gets here, asked for or not."""
+"""What every command gets here that is not told something else."""
 WITHOUT_HUB = ["rich.progress", "rich.table", "unet_surgery.api", "unet_surgery.cli.main"]
 EVERYTHING = [
     *WITHOUT_HUB,
@@ -94,7 +94,7 @@ class Warm:
         timeout: float = 240,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``unet-surgery WORDS`` without input, as :func:`subprocess.run`; ``env`` is the whole environment."""
-        env = dict(self._env if env is None else env)
+        env = {**GIVEN, **(self._env if env is None else env)}
         command = [sys.executable, "-m", "unet_surgery", *words]
         if not self.can_run(env):
             return subprocess.run(
@@ -165,7 +165,10 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
             os._exit(0)
         data = bytearray()
         while len(data) < int.from_bytes(size):
-            data += connection.recv(1 << 20)
+            more = connection.recv(1 << 20)
+            if not more:
+                os._exit(0)
+            data += more
         job = json.loads(data)
         pid = os.fork()
         if pid == 0:
