@@ -768,7 +768,7 @@ def test_where_pictures_may_go(tiny: Path, prompts: Path, whole: Path, tmp_path:
     for out, match in (
         (tmp_path / "file", "is a file"),
         (tmp_path / "full", "something else"),
-        (tmp_path / "no" / "out", "does not exist"),
+        (tmp_path / "file" / "no" / "out", "leads through what is no folder"),
     ):
         with pytest.raises(OutputError, match=match):
             generate("tiny-random", prompts, out, **OPTIONS)

@@ -103,7 +103,7 @@ def look(path: str | Path, *, max_rows: int) -> Finding:
     """
     path = Path(path)
     if not os.path.lexists(path):
-        raise UsageError("there is no such input", where=printable(path), expected=EXPECTED)
+        raise UsageError("there is no such input", where=printable(str(path)), expected=EXPECTED)
     return _folder(path, max_rows) if path.is_dir() else _file(path, max_rows)
 
 
@@ -116,7 +116,9 @@ def _folder(path: Path, max_rows: int) -> Finding:
         return _trained(path)
     if (path / PLAN).exists():
         return Surgery(_name(path), read_plan(path))
-    raise UsageError("there is nothing in this folder that a report shows", where=printable(path), expected=EXPECTED)
+    raise UsageError(
+        "there is nothing in this folder that a report shows", where=printable(str(path)), expected=EXPECTED
+    )
 
 
 def _file(path: Path, max_rows: int) -> Finding:
@@ -136,7 +138,7 @@ def _file(path: Path, max_rows: int) -> Finding:
             return Surgery(_name(path.parent) if path.name == PLAN else path.stem, read_plan(path))
     raise UsageError(
         "this file is nothing that a report shows",
-        where=printable(path),
+        where=printable(str(path)),
         expected=EXPECTED,
         found=printable(f"format {data.get('format')!r}"),
     )

@@ -240,12 +240,9 @@ def check_output(out: Path, *inputs: Path) -> None:
     """Raise OutputError if ``out`` is something else than such a folder or an empty one, or holds an input."""
     if os.path.lexists(out) and not out.is_dir():
         raise OutputError("the output path is a file", where=str(out), hint="choose another --out")
-    if not out.parent.is_dir():
-        raise OutputError(
-            "the folder that should hold the output does not exist",
-            where=str(out.parent),
-            hint=f"mkdir -p {out.parent}",
-        )
+    above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OutputError("the output path leads through what is no folder", where=str(above))
     is_ours = any((out / name).exists() for name in (GENERATION_FILE, UNFINISHED))
     if out.is_dir() and any(out.iterdir()) and not is_ours:
         raise OutputError(
