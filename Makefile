@@ -75,13 +75,16 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/.dev
+bench: .venv/.dev .venv-parity/.made
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/pruning.py
 	$(BIN)/python benchmarks/ldm.py
 	$(BIN)/python benchmarks/hub.py
 	$(BIN)/python benchmarks/training.py --size toy --parts
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py --pictures 8 --channels-last
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scoring.py --repeats 1 --what fid
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scoring.py --what is --count 256
 
 ablation: .venv/.tool
 	$(BIN)/python benchmarks/ablation.py

@@ -5,7 +5,7 @@
 
 The same pictures and the same weights file (random, from seeds), from the start of a process to its end, theirs in the
 environment of make parity. Commands take turns, each the first in every second turn, so that a busy machine slows both
-alike; the last line says how far what they computed is apart.
+alike; then it says how far what they computed is apart.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sha256 = prepare(folder, options.count, options.size)
-        for ours, theirs in (fid_commands(options, sha256), is_commands(options, sha256)):
-            compare(ours, theirs, folder, options)
-        print(f"statistics: {statistics_apart(folder):.1e} of their largest values apart; IS: {is_apart(folder):.1e}")
+        for what in options.what:
+            compare(*COMMANDS[what](options, sha256), folder, options)
+            print(f"    what they computed is {APART[what](folder):.1e} apart", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=list(COMMANDS), nargs="+", default=list(COMMANDS))
     parser.add_argument("--count", type=int, default=2048, help="pictures; statistics take no fewer than 2,048")
     parser.add_argument("--size", type=int, default=256, help="their side")
     parser.add_argument("--batch", type=int, default=50)
@@ -147,6 +148,10 @@ def is_apart(folder: Path) -> float:
     theirs = json.loads(said[said.index("{") :])["inception_score_mean"]
     ours = json.loads((folder / "ours.json").read_text())["scores"][0]["value"]
     return float(abs(ours - theirs) / theirs)
+
+
+COMMANDS = {"fid": fid_commands, "is": is_commands}
+APART = {"fid": statistics_apart, "is": is_apart}
 
 
 if __name__ == "__main__":
