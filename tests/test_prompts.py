@@ -29,9 +29,12 @@ def written(path: Path, content: str | bytes) -> Path:
 
 
 def test_a_text_is_one_prompt() -> None:
-    for text in ("a cat", "", "a cat. Or/and a dog", "a cat.txt\nand more", "x" * 5000):
+    for text in ("a cat", "a cat. Or/and a dog", "a cat.txt\nand more", "x" * 5000):
         found = read_prompts(text)
         assert (found.name, found.texts, found.num_before_limit) == ("text", (text,), 1)
+    for text in ("", " "):  # an unset variable of the shell
+        with pytest.raises(UsageError, match="empty text"):
+            read_prompts(text)
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
@@ -99,6 +102,7 @@ BAD = {
     "bytes.csv": (b"text\na\nb\n\xff\n", r"bytes.csv:4"),
     "commas.csv": (b"text\na cat\na cat, sitting\n", r"more fields(.*\n)+?.*commas.csv:3(.*\n)+.*quotes"),
     "short.csv": (b"file_name,text\na.png,a\nb.png\n", r"short.csv:3(.*\n)+.*nothing"),
+    "gap.csv": (b"text\na\n\nb\n", r"gap.csv:3(.*\n)+.*blank"),
     "blank.csv": (b'text\na\n""\n', r"blank.csv:3(.*\n)+.*blank"),
     "quote.csv": (b'text\n"a\n', r"not a table"),
     "broken.jsonl": (b'"a"\n{"text": \n', r"not valid JSON.*\n.*broken.jsonl:2"),

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from warm import run_tool
 
+from unet_surgery.checkpoint.identity import network_sha256
 from unet_surgery.checkpoint.scorecard import add_scores, card_with_scores
 from unet_surgery.errors import DataError, HubError, MissingExtraError, OutputError, TeacherError, UsageError
 from unet_surgery.evaluate import pictures as pictures_module
@@ -861,6 +862,9 @@ def test_unfinished_and_changed_folders_are_refused(toy_folder: Path, tmp_path: 
     (tmp_path / "copy" / ".unfinished").mkdir()
     with pytest.raises(DataError, match="not all drawn yet"):
         score(tmp_path / "copy", ["toy"])
+    (tmp_path / "begun" / ".unfinished").mkdir(parents=True)  # before the first picture
+    with pytest.raises(DataError, match="not all drawn yet"):
+        score(tmp_path / "begun", ["toy"])
 
 
 def test_captions_that_are_not_the_toy_worlds(toy_folder: Path, tmp_path: Path) -> None:
@@ -949,6 +953,27 @@ def test_the_command_line_scores_and_writes_the_card(toy_folder: Path, tmp_path:
     assert "exists" in tool(*words, code=4)[1]
     add_scores(tmp_path / "model", data)
     assert (tmp_path / "model" / "README.md").read_text() == card
+
+
+def test_a_card_takes_no_scores_of_another_models_pictures(
+    toy_folder: Path, unet_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A U-Net is known by its contents: a copy in another folder is the same, another one of the same name is not."""
+    for name in ("sd1", "sd2"):
+        shutil.copytree(unet_folders[name], tmp_path / name / "model" / "unet")
+        (tmp_path / name / "model" / "README.md").write_text("# A model\n")
+    drawn = shutil.copytree(toy_folder, tmp_path / "drawn")
+    told = json.loads((drawn / "generation.json").read_text())
+    told["model"] = {"name": "model", "sha256": network_sha256(unet_folders["sd1"])}
+    (drawn / "generation.json").write_text(json.dumps(told))
+    words = ["score", str(drawn), "-m", "toy", "--json", "-q", "--card"]
+    out, _ = tool(*words, str(tmp_path / "sd1" / "model"))
+    assert "model-index" in (tmp_path / "sd1" / "model" / "README.md").read_text()
+    other = tmp_path / "sd2" / "model"
+    assert "drawn by another model" in tool(*words, str(other), code=3)[1]
+    with pytest.raises(DataError, match="drawn by another model"):
+        add_scores(other, json.loads(out))
+    assert (other / "README.md").read_text() == "# A model\n"
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_computed(toy_folder: Path, tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ elif __name__ == "__mp_main__":  # a process of the pool; see _begin
 
 # ruff: noqa: E402
 import argparse
+import contextlib
+import ctypes
 import json
 import multiprocessing
 import time
@@ -67,6 +69,7 @@ TRAINED = (
     "scratch, the same network begins with random weights and sees the same pictures for as many steps, untaught."
 )
 SEED = 0
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 DISTILLED, SCRATCH = "distilled", "scratch"
 """The folders of the two runs."""
 
@@ -235,6 +238,8 @@ def _begin(threads: int) -> None:
     One that draws, or waits, would die of it, and the pool would end the others: those that are saving.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError):  # Linux alone has it: whoever ends this process's parent ends it as well
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(threads)
 
 

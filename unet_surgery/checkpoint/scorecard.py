@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 import yaml
 
 from unet_surgery.checkpoint import disk
+from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.drawing import deciding
+from unet_surgery.checkpoint.identity import network_sha256
 from unet_surgery.checkpoint.jsonfile import MAX_JSON_BYTES, read_regular
+from unet_surgery.checkpoint.student import CONFIG
 from unet_surgery.errors import DataError, OutputBusyError, OutputError, SurgeryError, escaped, printable
 
-__all__ = ["CARD", "SCORES_FORMAT", "add_scores", "card_with_scores", "check_card"]
+__all__ = ["CARD", "SCORES_FORMAT", "add_scores", "card_with_scores", "check_card", "check_drawn_by"]
 
 CARD = "README.md"
 SCORES_FORMAT = "unet-surgery-scores"
@@ -57,11 +60,13 @@ def add_scores(folder: str | Path, scores: Mapping[str, Any]) -> int:
     The card is there whole before and after. The same scores again change no byte.
 
     Raises:
-        DataError: ``scores`` is something else, or the card's metadata cannot be read.
+        DataError: ``scores`` is something else or of another model's pictures, or the card's metadata cannot be read.
         OutputError: there is no card, or it cannot be written.
     """
     path = _card(folder)
     text = _text(path)
+    images = scores.get("images")
+    check_drawn_by(folder, images.get("generation") if isinstance(images, Mapping) else None)
     changed = _in_file(path, lambda: card_with_scores(text, scores, name=Path(folder).resolve().name))
     if changed != text:
         try:
@@ -71,6 +76,35 @@ def add_scores(folder: str | Path, scores: Mapping[str, Any]) -> int:
         except OSError as error:
             raise OutputError("the model card cannot be written", where=str(path), found=error.strerror) from error
     return len(scores["scores"])
+
+
+def check_drawn_by(folder: str | Path, generation: Mapping[str, Any] | None) -> None:
+    """Check that pictures whose ``generation.json`` is given were drawn by the U-Net in ``folder``, by its contents.
+
+    Where either is not recorded, or not there, nothing is said.
+
+    Raises:
+        DataError: they were drawn by another one.
+    """
+    model = generation.get("model") if generation is not None else None
+    if not isinstance(model, Mapping):
+        return
+    told = model.get("sha256")
+    unet = unet_folder(Path(folder))
+    if not isinstance(told, str) or not (unet / CONFIG).is_file():
+        return
+    try:
+        own = network_sha256(unet)
+    except SurgeryError:  # a card without weights beside it
+        return
+    if own != told:
+        raise DataError(
+            "these pictures were drawn by another model than this card's",
+            where=str(Path(folder) / CARD),
+            expected=f"pictures by its U-Net, {own[:12]}…",
+            found=printable(f"pictures by {model.get('name')}, {told[:12]}…"),
+            hint="--card takes the folder of the model that drew them",
+        )
 
 
 def card_with_scores(card: str, scores: Mapping[str, Any], *, name: str) -> str:

@@ -70,7 +70,7 @@ def score(
     """
     import json
 
-    from unet_surgery.checkpoint.scorecard import add_scores, check_card
+    from unet_surgery.checkpoint.scorecard import add_scores, check_card, check_drawn_by
     from unet_surgery.checkpoint.target import check_new_file, write_target
 
     if out is not None:
@@ -78,6 +78,10 @@ def score(
     if card is not None:
         check_card(card)
     from unet_surgery.evaluate.score import score as run
+    from unet_surgery.sample.generated import GENERATION_FILE, read_generation
+
+    if card is not None and (images / GENERATION_FILE).is_file():
+        check_drawn_by(card, read_generation(images))
 
     with progress_bar("scoring", quiet, of_bytes=False) as progress:
         report = run(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unet_surgery.checkpoint.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.checkpoint.target import check_space
 from unet_surgery.data.cachefolder import (
     CACHE_FILE,
@@ -25,7 +26,6 @@ from unet_surgery.data.cachefolder import (
 from unet_surgery.data.cacheplan import CacheFacts, CacheSettings, Part, check_share, shard_name, shard_ranges
 from unet_surgery.data.encode import check_resolution
 from unet_surgery.data.filters import FilteredSource
-from unet_surgery.data.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.data.shards import Encoder, write_shard
 from unet_surgery.data.sides import native_side
 from unet_surgery.data.sources import CAPTION_COLUMNS, Source, open_source

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from unet_surgery.checkpoint.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.data.arrowfile import ShardView, open_shard
 from unet_surgery.data.cachefolder import read_facts
 from unet_surgery.data.cacheplan import CacheFacts, ShardFacts
-from unet_surgery.data.identity import tokenizer_sha256, vae_sha256
 from unet_surgery.errors import DataError, first_few
 
 if TYPE_CHECKING:

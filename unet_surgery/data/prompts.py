@@ -64,6 +64,8 @@ def read_prompts(spec: str | Path, *, column: str | None = None, limit: int | No
     if limit is not None and limit < 1:
         raise UsageError("limit is not a positive number", found=str(limit))
     text = str(spec)
+    if not text.strip():
+        raise UsageError("the prompt is empty text", hint="give a text, or a file of prompts")
     path = _file(text)
     if path is None:
         return prompt_set("text", [text])
@@ -108,8 +110,6 @@ def _fault(error: BadSampleError) -> str:
 
 def _file(text: str) -> Path | None:
     """Return the file that is meant, or None for a text."""
-    if not text.strip():
-        return None
     path = Path(text).expanduser()
     try:
         is_folder, is_there = path.is_dir(), path.exists()
@@ -183,7 +183,7 @@ def _csv(path: Path, text: str, column: str | None) -> Found:
         if place is None:
             place = row.index(_column(row, column, str(path)))
             width = len(row)
-        elif row:
+        else:
             if len(row) > width:
                 raise DataError(
                     "a row has more fields than there are columns",
@@ -192,7 +192,7 @@ def _csv(path: Path, text: str, column: str | None) -> Found:
                     found=str(len(row)),
                     hint="a prompt with commas needs quotes around it",
                 )
-            yield where, row[place] if place < len(row) else None
+            yield where, row[place] if place < len(row) else "" if not row else None
 
 
 def _of_json(path: Path, data: Any, column: str | None) -> Found:

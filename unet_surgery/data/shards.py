@@ -121,9 +121,14 @@ def choose_device(device: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            "there is no such device", expected="auto, cpu, cuda, cuda:1, …", found=printable(device)
+            "torch has no such device here", expected=f"auto, cpu{_accelerators()}", found=printable(device)
         ) from error
     return chosen
+
+
+def _accelerators() -> str:
+    names = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return "".join(f", {name}" for name in [*names, *(["mps"] if torch.backends.mps.is_available() else [])])
 
 
 def write_shard(

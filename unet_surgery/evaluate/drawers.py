@@ -11,7 +11,7 @@ import torch
 from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.data.identity import network_sha256, tokenizer_sha256, vae_sha256
+from unet_surgery.checkpoint.identity import network_sha256, tokenizer_sha256, vae_sha256
 from unet_surgery.errors import UsageError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.runtime.load import load_unet

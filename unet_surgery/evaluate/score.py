@@ -91,8 +91,9 @@ def score(
     """
     chosen = chosen_metrics(metrics)
     _check_arguments(chosen, reference, reference_resolution)
+    generation = _generation(Path(images))  # first: of a folder that is not finished it says so
     pictures = survey(Path(images), decoders=decoders)
-    generation = _generation(pictures)
+    _check_told(generation, pictures)
     kept, refused = _without(chosen, _small(chosen, len(pictures), str(pictures.folder)))
     captions = captions_of(pictures) if any(metric.captions for metric in kept) else []
     if any(metric.name == "toy" for metric in kept):
@@ -136,22 +137,26 @@ def _check_arguments(chosen: Sequence[Metric], reference: str | Path | None, res
         )
 
 
-def _generation(pictures: PictureFolder) -> dict[str, Any] | None:
-    """Return what generation.json says, if there is one, after comparing it with what lies there."""
-    path = pictures.folder / GENERATION_FILE
-    if not path.exists() and not (pictures.folder / UNFINISHED).exists():
+def _generation(folder: Path) -> dict[str, Any] | None:
+    """Return what generation.json says, if there is one, or should be one."""
+    if not (folder / GENERATION_FILE).exists() and not (folder / UNFINISHED).exists():
         return None
-    found = read_generation(pictures.folder)
-    told = (found.get("images"), found.get("width"), found.get("height"))
+    return read_generation(folder)
+
+
+def _check_told(generation: Mapping[str, Any] | None, pictures: PictureFolder) -> None:
+    """Compare what generation.json says with what lies there."""
+    if generation is None:
+        return
+    told = (generation.get("images"), generation.get("width"), generation.get("height"))
     real = (len(pictures), pictures.width, pictures.height)
     if told != real:
         raise DataError(
             "the pictures are not those that generation.json tells of",
-            where=str(path),
+            where=str(pictures.folder / GENERATION_FILE),
             expected=printable(f"{told[0]} pictures of {told[1]}×{told[2]}"),
             found=f"{real[0]} pictures of {real[1]}×{real[2]}",
         )
-    return found
 
 
 def _without(chosen: Sequence[Metric], errors: Mapping[str, SurgeryError]) -> tuple[tuple[Metric, ...], dict[str, str]]:
