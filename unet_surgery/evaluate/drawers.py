@@ -68,8 +68,8 @@ def load_drawer(
     """Load a pipeline, or a U-Net alone with the other parts of the pipeline ``base``; ``base`` wins over own parts.
 
     ``fallback`` brings the parts where neither does. Not ``hashed``, its identity is names and a count alone: hashes
-    are of all the weights, and reading these once more takes as long as loading. ``fetching`` is called with the bytes that came from the Hub, and
-    all that are to come.
+    are of all the weights, and reading these once more takes as long as loading. ``fetching`` is called with the bytes
+    that came from the Hub, and all that are to come.
 
     Raises:
         UsageError: it is a single file, or a U-Net alone without ``base``.
