@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from demo_places import PROMPT, ROOT, Running, open_url, running
+from demo_places import PROMPT, ROOT, Running, draw_at, open_url, running
 from PIL import Image
 
 import unet_surgery as us
