@@ -31,6 +31,8 @@ from unet_surgery.errors import UsageError
 
 CPU = torch.device("cpu")
 WISH = Wish(PROMPT, "", 1, 2, 2.0, 32, 32, None)
+# gradio leaves event loops unclosed where a page is made in this process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 NEEDS_GRADIO = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="gradio is not installed here: make test-demo"
 )
