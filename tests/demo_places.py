@@ -41,35 +41,50 @@ class Running:
     errors: Path
     temporary: Path
 
-    def draw(self, **changes: Any) -> tuple[str, Any]:
+    def draw(self, session: str | None = None, **changes: Any) -> tuple[str, Any]:
         """Ask for a picture as gradio's clients do; return the last event and its data."""
-        wish = {
-            "prompt": PROMPT, "negative": "", "seed": 1, "anew": False, "steps": 2, "guidance": 2,
-            "width": 32, "height": 32, "scheduler": "the model's own", **changes,
-        }  # fmt: skip
-        body = json.dumps({"data": [wish[k] for k in wish if k in ("prompt", "negative")] + [
-            wish["seed"], wish["anew"], wish["steps"], wish["guidance"], wish["width"], wish["height"],
-            wish["scheduler"],
-        ]}).encode()  # fmt: skip
-        place = f"{self.address}gradio_api/call/draw"
-        request = urllib.request.Request(place, body, {"Content-Type": "application/json"})
-        event = json.loads(open_url(request))["event_id"]
-        lines = open_url(f"{place}/{event}").decode().splitlines()
-        names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
-        data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
-        return names[-1], data[-1]
+        return draw_at(self.address, session, **changes)
+
+    def post(self, path: str, body: Any, content_type: str = "application/json") -> int:
+        """Return the status of a request with ``body``: bytes, or what becomes JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return _status(urllib.request.Request(self.address + path, data, {"Content-Type": content_type}))
 
     def status(self, path: str = "", **headers: str) -> int:
         """Return the status of a request."""
-        try:
-            with NO_PROXY.open(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            error.close()
-            return error.code
+        return _status(urllib.request.Request(self.address + path, headers=headers))
 
 
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def draw_at(address: str, session: str | None = None, **changes: Any) -> tuple[str, Any]:
+    """Ask for a picture as :meth:`Running.draw` does."""
+    wish = {
+        "prompt": PROMPT, "negative": "", "seed": 1, "anew": False, "steps": 2, "guidance": 2,
+        "width": 32, "height": 32, "scheduler": "the model's own", **changes,
+    }  # fmt: skip
+    told = {} if session is None else {"session_hash": session}
+    body = json.dumps({**told, "data": [wish[k] for k in wish if k in ("prompt", "negative")] + [
+        wish["seed"], wish["anew"], wish["steps"], wish["guidance"], wish["width"], wish["height"],
+        wish["scheduler"],
+    ]}).encode()  # fmt: skip
+    place = f"{address}gradio_api/call/draw"
+    request = urllib.request.Request(place, body, {"Content-Type": "application/json"})
+    event = json.loads(open_url(request))["event_id"]
+    lines = open_url(f"{place}/{event}").decode().splitlines()
+    names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    data = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    return names[-1], data[-1]
+
+
+def _status(request: urllib.request.Request) -> int:
+    try:
+        with NO_PROXY.open(request, timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
 
 
 def open_url(request: str | urllib.request.Request) -> bytes:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unet_surgery.app.guard import bound
-from unet_surgery.errors import MissingExtraError, UsageError, printable
+from unet_surgery.errors import MissingExtraError, printable
 
 if TYPE_CHECKING:
     from unet_surgery.app.server import Server
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo", "demo"]
 
-FOLDER = "GRADIO_TEMP_DIR"
+BUILDING = threading.Lock()
+"""Held while gradio's environment variables are this package's: they are the whole process's."""
 
 
 class Demo:
@@ -62,7 +64,7 @@ def demo(
     Both are what ``generate`` takes: a pipeline's folder, a U-Net's with ``base`` to bring the other parts, a built-in
     name or a Hub id. Without ``teacher`` it is the one that the model's plan.json names, where it can be had; "none"
     is nobody. ``port`` is the first that is free from 7860 on if None, any if 0. ``dtype`` is fp32, bf16 or fp16
-    (None: fp16 on a GPU, else fp32). Nothing else on the network is asked for anything once the models are there.
+    (None: fp16 on an NVIDIA GPU, else fp32). Once the models are there, nobody on the network is asked for anything.
 
     Raises:
         UsageError: an argument has no sense, the port is taken, or the models do not draw from text alone.
@@ -73,43 +75,54 @@ def demo(
         listening = stack.enter_context(bound(port))  # in this order: libraries take seconds, models longer
         make_page, serve = _gradio()
         studio = _studio(str(model), teacher, base, device, dtype)
-        stack.enter_context(_own_folder())
-        return Demo(studio, serve(make_page(studio), listening), stack.pop_all())
+        folder = os.path.realpath(stack.enter_context(_own_folder()))
+        with _settings(folder):
+            server = serve(make_page(studio), listening, folder)
+        return Demo(studio, server, stack.pop_all())
 
 
 def _studio(model: str, teacher: str | Path | None, base: str | Path | None, device: str, dtype: str | None) -> Studio:
     from unet_surgery.app.models import load_models
     from unet_surgery.app.studio import Studio
     from unet_surgery.data.shards import choose_device
-    from unet_surgery.evaluate.drawers import DTYPES
+    from unet_surgery.evaluate.drawers import choose_dtype
 
     place = choose_device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError("there is no such dtype", expected=", ".join(DTYPES), found=printable(dtype))
-    kind = DTYPES[dtype or ("fp32" if place.type == "cpu" else "fp16")]
+    kind = choose_dtype(dtype, place)
     names = [None if name is None else str(name) for name in (teacher, base)]
     return Studio(load_models(model, *names, device=place, dtype=kind))
 
 
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for the pictures that gradio shows: nobody else reads it, and it goes with the demo."""
+    return tempfile.TemporaryDirectory(prefix="unet-surgery-demo-", ignore_cleanup_errors=True)
+
+
 @contextlib.contextmanager
-def _own_folder() -> Iterator[None]:
-    """Let gradio keep the pictures that it shows in a folder that nobody else reads, and that goes with the demo."""
-    before = os.environ.get(FOLDER)
-    with tempfile.TemporaryDirectory(prefix="unet-surgery-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ[FOLDER] = folder
+def _settings(folder: str | None = None) -> Iterator[None]:
+    """Let gradio, which reads the environment where it is imported and a page made, ask nobody, and use ``folder``.
+
+    The page says so too; this is for what gradio does besides.
+    """
+    ours = {"GRADIO_ANALYTICS_ENABLED": "False"} | ({} if folder is None else {"GRADIO_TEMP_DIR": folder})
+    with BUILDING:
+        before = {name: os.environ.get(name) for name in ours}
+        os.environ.update(ours)
         try:
             yield
         finally:
-            os.environ.pop(FOLDER)
-            if before is not None:
-                os.environ[FOLDER] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 def _gradio() -> tuple[Any, Any]:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page says so too; this is for what gradio does besides
     try:
-        from unet_surgery.app.page import make_page
-        from unet_surgery.app.server import Server
+        with _settings():
+            from unet_surgery.app.page import make_page
+            from unet_surgery.app.server import Server
     except ImportError as error:
         raise MissingExtraError(
             "gradio is needed for this, and does not import",

@@ -12,7 +12,7 @@ from unet_surgery.checkpoint.student import PLAN
 from unet_surgery.checkpoint.teacher import LOCAL
 from unet_surgery.errors import SurgeryError, VerificationError
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
-from unet_surgery.hub import fetch_teacher, resolve_teacher
+from unet_surgery.hub import resolve_teacher
 from unet_surgery.lower import SurgeryPlan
 from unet_surgery.sample.draw import check_unet
 
@@ -50,20 +50,20 @@ def load_models(
     """
     plan = _plan_of(model) if teacher is None else None
     named = _teacher_of(plan) if teacher is None else None if teacher == NO_TEACHER else teacher
-    student = load_drawer(model, base, fallback=named, device=device, dtype=dtype)
+    student = load_drawer(model, base, fallback=named, device=device, dtype=dtype, hashed=False)
     check_unet(student.unet.config, student.parts)
     if named is None:
         why = None if plan is None else "its plan.json names a folder of some machine: give it with --teacher"
         return Models(student, None, why)
     try:
-        drawer = load_drawer(named, None, fallback=base or model, device=device, dtype=dtype)
+        drawer = load_drawer(named, None, fallback=base or model, device=device, dtype=dtype, hashed=False)
         check_unet(drawer.unet.config, drawer.parts)
-        if plan is not None and drawer.identity["model"]["parameters"] != plan.teacher.params:
+        if plan is not None and drawer.parameters != plan.teacher.params:
             raise VerificationError(
                 "this is another model than the one the student was made of",
                 where=named,
                 expected=f"{plan.teacher.params:,} parameters",
-                found=f"{drawer.identity['model']['parameters']:,}",
+                found=f"{drawer.parameters:,}",
             )
     except SurgeryError as error:
         if teacher is not None:
@@ -76,9 +76,10 @@ def load_models(
 def _plan_of(model: str) -> SurgeryPlan | None:
     """Return the plan of a pruned folder, or None: it is something else."""
     found = resolve_teacher(model)
-    if found.hub is not None:
-        found = fetch_teacher(found, parts_only=True, progress=lambda _done, _total: None)
-    return read_plan(found.folder) if found.file is None and (found.folder / PLAN).is_file() else None
+    if found.file is not None:
+        return None
+    path = found.folder / PLAN if found.hub is None else found.hub.own_file(PLAN)
+    return read_plan(path) if path is not None and path.is_file() else None
 
 
 def _teacher_of(plan: SurgeryPlan | None) -> str | None:

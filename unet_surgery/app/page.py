@@ -20,7 +20,13 @@ from unet_surgery.toyworld.grammar import caption, is_held_out, one_object_scene
 __all__ = ["CSS", "make_page", "make_theme"]
 
 MAX_WAITING = 16
-TEMPORARY_SECONDS = 600
+"""This many wait in the studio, where Stop finds them; as many more in gradio's queue; the next are refused."""
+
+TEMPORARY_SECONDS = 24 * 3600
+"""How long a picture can be looked at and downloaded. Then its file goes, while the page may still show it."""
+
+LOOK_SECONDS = 600
+OTHERWISE = "ddim"
 OWN = "the model's own"
 
 PROMPTS = (
@@ -63,7 +69,7 @@ def make_page(studio: Studio) -> gr.Blocks:
     models = studio.models
     title = f"{models.student.name}" + (f" beside {models.teacher.name}" if models.teacher else "")
     with gr.Blocks(
-        title=f"unet-surgery: {title}", analytics_enabled=False, delete_cache=(60, TEMPORARY_SECONDS)
+        title=f"unet-surgery: {title}", analytics_enabled=False, delete_cache=(LOOK_SECONDS, TEMPORARY_SECONDS)
     ) as page:
         gr.Markdown(f"# {_plain(title)}")
         gr.Markdown(_introduction(studio))
@@ -76,7 +82,8 @@ def make_page(studio: Studio) -> gr.Blocks:
 
         def draw(
             prompt: str, negative: str, seed: float, anew: bool, steps: float, guidance: float,
-            width: float, height: float, scheduler: str, progress: gr.Progress = gr.Progress(),  # noqa: B008
+            width: float, height: float, scheduler: str, request: gr.Request,
+            progress: gr.Progress = gr.Progress(),  # noqa: B008
         ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
             """Draw a picture by each model; give (the seed, the pictures, a table, the same as JSON)."""
             values = {
@@ -84,13 +91,21 @@ def make_page(studio: Studio) -> gr.Blocks:
                 "steps": steps, "guidance": guidance, "width": width, "height": height,
                 "scheduler": None if scheduler == OWN else scheduler,
             }  # fmt: skip
-            yield from _answers(studio, values, progress)
+            yield from _answers(studio, values, progress, _who(request))
 
         inputs = [prompt, negative, *settings]
         outputs = [settings[0], *shown, facts, data]
         triggers = [go.click, prompt.submit]
-        gr.on(triggers, draw, inputs, outputs, api_name="draw", concurrency_limit=1, show_progress_on=shown[:1])
-        stop.click(studio.stop, None, None, queue=False, api_name="stop")
+        gr.on(
+            triggers, draw, inputs, outputs, api_name="draw", concurrency_limit=MAX_WAITING, show_progress_on=shown[:1]
+        )
+
+        def give_up(request: gr.Request) -> None:
+            """Stop what the same session asked for, drawn or waiting."""
+            studio.stop(_who(request))
+
+        stop.click(give_up, None, None, queue=False, api_name="stop")
+        page.unload(give_up)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     return page
 
@@ -112,12 +127,13 @@ def _settings(studio: Studio) -> list[Any]:
     """Return seed, whether it is a new one, steps, guidance, width, height and scheduler."""
     height, width = studio.own_size
     sides = {"step": studio.limits.step, "minimum": studio.limits.step, "maximum": studio.limits.most}
-    schedulers = [(f"{OWN} ({studio.own_scheduler()})", OWN), *SCHEDULERS]
+    own = studio.own_scheduler()
+    schedulers = [*SCHEDULERS] if own is None else [(f"{OWN} ({own})", OWN), *SCHEDULERS]
     with gr.Accordion("How it is drawn", open=True):
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
             anew = gr.Checkbox(value=False, label="A new seed each time", min_width=120)
-            scheduler = gr.Dropdown(schedulers, value=OWN, label="Scheduler", min_width=240)
+            scheduler = gr.Dropdown(schedulers, value=OWN if own else OTHERWISE, label="Scheduler", min_width=240)
         with gr.Row():
             steps = gr.Slider(1, MAX_STEPS, 20 if studio.is_toy else 25, step=1, label="Steps", min_width=220)
             guidance = gr.Slider(
@@ -162,7 +178,7 @@ def _picture(role: str, drawer: Any, side: int) -> Any:
 
 def _introduction(studio: Studio) -> str:
     models = studio.models
-    parts = [f"{_plain(d.name)} has {_millions(d.identity['model']['parameters'])} parameters" for d in models.drawers]
+    parts = [f"{_plain(d.name)} has {_millions(d.parameters)} parameters" for d in models.drawers]
     device = next(models.student.unet.parameters())
     text = f"{'; '.join(parts)}, on {device.device}, {str(device.dtype).removeprefix('torch.')}."
     if models.teacher is not None:
@@ -172,7 +188,11 @@ def _introduction(studio: Studio) -> str:
     return f"<p>{text}</p>"
 
 
-def _answers(studio: Studio, values: dict[str, Any], progress: Any) -> Iterator[tuple[Any, ...]]:
+def _who(request: Any) -> str:
+    return str(request.session_hash)
+
+
+def _answers(studio: Studio, values: dict[str, Any], progress: Any, who: str) -> Iterator[tuple[Any, ...]]:
     """Yield what the page shows after each picture; raise gr.Error with what is wrong."""
     names = [drawer.name for drawer in studio.models.drawers]
 
@@ -185,7 +205,7 @@ def _answers(studio: Studio, values: dict[str, Any], progress: Any) -> Iterator[
         wish = read_wish(values, studio.limits)
         unread = studio.unread_words(wish.prompt)
         progress(0, desc="waiting for the models")
-        for one in studio.draw(wish, tell):
+        for one in studio.draw(wish, tell, who):
             drawn.append(one)
             pictures: list[NDArray[np.uint8] | None] = [d.picture for d in drawn]
             pictures += [None] * (len(names) - len(drawn))

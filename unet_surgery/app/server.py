@@ -23,8 +23,10 @@ START_SECONDS = 60.0
 class Server:
     """A page that is being served, by a thread, until :meth:`close`."""
 
-    def __init__(self, page: gr.Blocks, listening: socket.socket) -> None:
+    def __init__(self, page: gr.Blocks, listening: socket.socket, pictures: str) -> None:
         """Serve ``page`` to who connects to ``listening``, which is closed in the end.
+
+        ``pictures`` is the folder, without links in its path, where gradio keeps what it shows.
 
         Raises:
             SurgeryError: the server does not start.
@@ -34,7 +36,7 @@ class Server:
         self.port = int(self._socket.getsockname()[1])
         self.address = f"http://{HOST}:{self.port}/"
         config = uvicorn.Config(
-            OnlyHere(_application(page, self.port)),
+            OnlyHere(_application(page, self.port), pictures),
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -5,6 +5,7 @@ Shapes: C latent channels.
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ OWN_SIDES = 2
 INDEX = 0
 """The prompt's number: pictures are those of ``generate`` with one prompt and the same seed."""
 
+WAIT_SECONDS = 0.1
+
 Progress = Callable[[int, int, int], None]
 """Called with the number of who draws, and U-Net calls done and in all."""
 
@@ -67,7 +70,9 @@ class Studio:
     def __init__(self, models: Models) -> None:
         self.models = models
         self._busy = threading.Lock()
-        self._stop = threading.Event()
+        self._asked: list[tuple[str, threading.Event]] = []
+        self._counting = threading.Lock()
+        self._tokenizer = copy.deepcopy(models.student.parts.tokenizer)  # they refuse two threads at once
         self._peaks: dict[tuple[Any, ...], int] = {}
         self.limits, self.own_size = _limits(models)
 
@@ -77,95 +82,128 @@ class Studio:
         known = self.models.student.parts.tokenizer.get_vocab()
         return len(known) < 5000 and all(f"{word}</w>" in known for word in words())
 
-    def own_scheduler(self) -> str:
-        """Return the scheduler that the model names, as its class is called."""
-        return type(make_scheduler(self.models.student.parts.scheduler_config, None)).__name__.removesuffix("Scheduler")
+    def own_scheduler(self) -> str | None:
+        """Return the scheduler that the model names, as its class is called; None if not all models' can be had."""
+        try:
+            own = [type(make_scheduler(d.parts.scheduler_config, None)).__name__ for d in self.models.drawers]
+        except SurgeryError:
+            return None
+        return own[-1].removesuffix("Scheduler")
 
     def unread_words(self, prompt: str) -> str:
         """Return in words how much of a prompt is longer than the text encoder reads; "" if nothing is."""
-        tokenizer = self.models.student.parts.tokenizer
-        with self._busy:  # tokenizers refuse two threads at once
-            found = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        limit = tokenizer.model_max_length
+        with self._counting:
+            found = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        limit = self._tokenizer.model_max_length
         return f"the text encoder reads {limit} tokens; this prompt has {found}" if found > limit else ""
 
-    def stop(self) -> None:
-        """Give up the picture that is being drawn, if any."""
-        self._stop.set()
+    def stop(self, who: str | None = None) -> None:
+        """Give up what ``who`` asked for, drawn or waiting; None: what anybody did."""
+        for asked_by, event in tuple(self._asked):
+            if who is None or who == asked_by:
+                event.set()
 
-    def draw(self, wish: Wish, progress: Progress | None = None) -> Iterator[Drawn]:
+    def draw(self, wish: Wish, progress: Progress | None = None, who: str = "") -> Iterator[Drawn]:
         """Draw a wish by each model in turn. The first of a size takes one step more, which warms up and is weighed.
 
         Raises:
-            Stopped: somebody said so.
+            Stopped: :meth:`stop` was called for ``who``.
             UsageError: a model cannot draw this, or memory is not enough.
             VerificationError: latents or pixels are not finite.
         """
-        with self._busy:
-            self._stop.clear()
+        with self._turn(who) as stop:
             for number, drawer in enumerate(self.models.drawers):
                 told = None if progress is None else _numbered(progress, number)
                 try:
-                    drawn = self._drawn(drawer, number, wish, told)
+                    drawn = self._drawn(drawer, number, wish, _Watch(stop, told))
                 except (SurgeryError, Stopped):
                     raise
                 except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # of torch and of schedulers
                     raise _refusal(error, drawer, wish) from error
                 yield drawn
 
-    def _drawn(self, drawer: Drawer, number: int, wish: Wish, progress: Callable[[int, int], None] | None) -> Drawn:
+    @contextmanager
+    def _turn(self, who: str) -> Iterator[threading.Event]:
+        """Wait until nobody else draws, or until what this gives is set."""
+        asked = (who, threading.Event())
+        self._asked.append(asked)
+        try:
+            while not self._busy.acquire(timeout=WAIT_SECONDS):
+                _give_up_if(asked[1])
+            try:
+                yield asked[1]
+            finally:
+                self._busy.release()
+        finally:
+            self._asked.remove(asked)
+
+    def _drawn(self, drawer: Drawer, number: int, wish: Wish, watch: _Watch) -> Drawn:
         device = next(drawer.unet.parameters()).device
         with torch.inference_mode():
             key = (number, wish.width, wish.height, wish.guidance > 1)
             if key not in self._peaks:
                 first = replace(wish, steps=1, scheduler="ddim")
-                self._peaks[key] = most_bytes(lambda: self._picture(drawer, first, None), device)
+                self._peaks[key] = most_bytes(lambda: _picture(drawer, first, watch.silent()), device)
             start = time.perf_counter()
-            picture = self._picture(drawer, wish, progress)
+            picture = _picture(drawer, wish, watch)
             seconds = time.perf_counter() - start
         held = weight_bytes([drawer.unet, drawer.parts.text_encoder, drawer.parts.vae])
         return Drawn(
             name=drawer.name,
             picture=picture,
-            parameters=drawer.identity["model"]["parameters"],
+            parameters=drawer.parameters,
             seconds=seconds,
             peak_bytes=held + self._peaks[key],
             verdict=_verdict(picture, wish.prompt),
         )
 
-    def _picture(self, drawer: Drawer, wish: Wish, progress: Callable[[int, int], None] | None) -> NDArray[np.uint8]:
-        parts = drawer.parts
-        height, width = latent_sides(drawer.unet.config, parts.vae, (wish.height, wish.width))
-        uncond_1TD = encode_prompts(parts, [wish.negative]) if wish.guidance > 1 else None
-        scheduler = make_scheduler(parts.scheduler_config, wish.scheduler)
-        scheduler.set_timesteps(wish.steps)
-        shape_CHW = (parts.vae.config.latent_channels, height, width)
-        how = Sampling(wish.steps, wish.guidance, scheduler, shape_CHW, uncond_1TD)
-        with self._watched(drawer.unet, len(scheduler.timesteps), progress):
-            noise = generators(wish.seed, [INDEX])
-            drawn: NDArray[np.uint8] = draw_batch(drawer.unet, parts, how, [wish.prompt], [INDEX], noise)[0]
-        return drawn
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Looks after each call of a U-Net: tells how far it is, and gives up where that is wanted."""
+
+    stop: threading.Event
+    progress: Callable[[int, int], None] | None
+
+    def silent(self) -> _Watch:
+        return replace(self, progress=None)
 
     @contextmanager
-    def _watched(
-        self, unet: torch.nn.Module, calls: int, progress: Callable[[int, int], None] | None
-    ) -> Iterator[None]:
-        """Look after each call of the U-Net: tell how far it is, and stop where that is wanted."""
+    def over(self, unet: torch.nn.Module, calls: int) -> Iterator[None]:
+        _give_up_if(self.stop)
         done = 0
 
         def after(*_: object) -> None:
             nonlocal done
             done += 1
-            if self._stop.is_set():
-                raise Stopped
-            if progress is not None:
-                progress(done, calls)
+            _give_up_if(self.stop)
+            if self.progress is not None:
+                self.progress(done, calls)
 
         handle = unet.register_forward_hook(after)
         try:
             yield
         finally:
             handle.remove()
+
+
+def _give_up_if(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Stopped
+
+
+def _picture(drawer: Drawer, wish: Wish, watch: _Watch) -> NDArray[np.uint8]:
+    parts = drawer.parts
+    height, width = latent_sides(drawer.unet.config, parts.vae, (wish.height, wish.width))
+    uncond_1TD = encode_prompts(parts, [wish.negative]) if wish.guidance > 1 else None
+    scheduler = make_scheduler(parts.scheduler_config, wish.scheduler)
+    scheduler.set_timesteps(wish.steps)
+    shape_CHW = (parts.vae.config.latent_channels, height, width)
+    how = Sampling(wish.steps, wish.guidance, scheduler, shape_CHW, uncond_1TD)
+    with watch.over(drawer.unet, len(scheduler.timesteps)):
+        noise = generators(wish.seed, [INDEX])
+        drawn: NDArray[np.uint8] = draw_batch(drawer.unet, parts, how, [wish.prompt], [INDEX], noise)[0]
+    return drawn
 
 
 def _limits(models: Models) -> tuple[Limits, tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 200
 MAX_GUIDANCE = 30.0
+MAX_NUMBER = 1e18
+"""No number that is wanted is this large: past it, whatever has digits is no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ def _text(what: str, value: Any) -> str:
 
 
 def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -MAX_NUMBER <= value <= MAX_NUMBER:  # nor NaN; and an int may be too large for a float
         raise UsageError(f"{what} is not a number", found=printable(value))
     return float(value)
 

@@ -35,7 +35,9 @@ def demo(
         int | None, typer.Option(help="Of 127.0.0.1; 0: any. Default: the first that is free from 7860 on.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp16 on a GPU, else fp32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16. Default: fp16 on an NVIDIA GPU, else fp32.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,12 +55,15 @@ def demo(
         say("loading the models …")
     with run(model, teacher=teacher, base=base, port=port, device=device, dtype=dtype) as served:
         if as_json:
-            show_json({"address": served.address, "model": served.model, "teacher": served.teacher})
+            told = {"model": served.model, "teacher": served.teacher, "no_teacher": served.no_teacher}
+            show_json({"address": served.address, **told})
         else:
             show(served.address)
         if not quiet:
             beside = f" beside {served.teacher}" if served.teacher else ""
             say(f"{served.model}{beside}; Ctrl-C ends it")
+            if served.no_teacher is not None:
+                say(f"no teacher: {served.no_teacher}")
         try:
             served.wait()
         except KeyboardInterrupt:

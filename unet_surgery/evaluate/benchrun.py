@@ -21,7 +21,7 @@ from unet_surgery.evaluate.benchmodels import BenchModel
 from unet_surgery.evaluate.benchnets import forward, load_network
 from unet_surgery.evaluate.benchparts import PartConfigs, find_parts, load_all_parts
 from unet_surgery.evaluate.benchresult import BenchReport, BenchRow, BenchSettings, PictureTime
-from unet_surgery.evaluate.drawers import DTYPES
+from unet_surgery.evaluate.drawers import DTYPES, default_dtype
 from unet_surgery.evaluate.matmul import matmul_flops
 from unet_surgery.evaluate.peak import CPU_PEAK, CUDA_PEAK, Peak, cpu_peaks, cuda_peak, network_bytes
 from unet_surgery.evaluate.timing import Spread, Timed, interleaved, ratio, spread
@@ -71,7 +71,7 @@ class _Counter:
 def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Progress) -> BenchReport:
     """Run ``models`` as :func:`unet_surgery.evaluate.bench.bench` says."""
     device = choose_device(settings.device)
-    dtypes = settings.dtypes or ("fp16" if device.type == "cuda" else "fp32",)
+    dtypes = settings.dtypes or (default_dtype(device),)
     drawing = settings.steps is not None
     configs = [find_parts(m, settings.base, random=settings.random) if drawing else None for m in models]
     for found in configs:

@@ -17,7 +17,7 @@ from unet_surgery.hub import fetch_teacher, resolve_teacher
 from unet_surgery.runtime.load import load_unet
 from unet_surgery.runtime.parts import Parts, load_parts
 
-__all__ = ["DTYPES", "Drawer", "load_drawer"]
+__all__ = ["DTYPES", "Drawer", "choose_dtype", "default_dtype", "load_drawer"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,6 +31,27 @@ class Drawer:
     parts: Parts
     identity: dict[str, Any]
 
+    @property
+    def parameters(self) -> int:
+        """How many the U-Net has."""
+        return sum(parameter.numel() for parameter in self.unet.parameters())
+
+
+def default_dtype(device: torch.device) -> str:
+    """Return the name of the dtype that a device draws in where none is asked for: half the bits on CUDA alone."""
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Return the dtype that is asked for by ``name``; that of :func:`default_dtype` if None.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name is not None and name not in DTYPES:
+        raise UsageError("there is no such dtype", expected=", ".join(DTYPES), found=printable(name))
+    return DTYPES[name or default_dtype(device)]
+
 
 def load_drawer(
     model: str,
@@ -41,12 +62,14 @@ def load_drawer(
     dtype: torch.dtype,
     compiled: bool = False,
     channels_last: bool = False,
+    hashed: bool = True,
     fetching: Progress | None = None,
 ) -> Drawer:
     """Load a pipeline, or a U-Net alone with the other parts of the pipeline ``base``; ``base`` wins over own parts.
 
-    ``fallback`` brings the parts where neither does. ``fetching`` is called with the bytes that came from the Hub, and
-    all that are to come.
+    ``fallback`` brings the parts where neither does. Not ``hashed``, its identity is names and a count alone: hashes
+    are of all the weights, and reading these once more takes as long as loading. ``fetching`` is called with the bytes
+    that came from the Hub, and all that are to come.
 
     Raises:
         UsageError: it is a single file, or a U-Net alone without ``base``.
@@ -71,20 +94,17 @@ def load_drawer(
         unet = unet.to(memory_format=torch.channels_last)
     if compiled:
         unet.compile()
-    identity = {
-        "model": {
-            "name": name,
-            "sha256": network_sha256(unet_folder(folder)),
-            "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        },
-        "base": {
-            "name": base_name,
+    identity: dict[str, Any] = {"model": {"name": name}, "base": {"name": base_name}}
+    if hashed:
+        identity["model"]["sha256"] = network_sha256(unet_folder(folder))
+        identity["base"] |= {
             "vae": vae_sha256(base_folder),
             "text_encoder": network_sha256(base_folder / "text_encoder"),
             "tokenizer": tokenizer_sha256(base_folder),
-        },
-    }
-    return Drawer(name, unet, parts, identity)
+        }
+    drawer = Drawer(name, unet, parts, identity)
+    identity["model"]["parameters"] = drawer.parameters
+    return drawer
 
 
 def _folder(text: str, fetching: Progress, *, parts_only: bool) -> tuple[str, Path]:

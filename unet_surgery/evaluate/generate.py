@@ -24,8 +24,8 @@ from unet_surgery.checkpoint.target import check_space
 from unet_surgery.data.given import GivenPictures, open_given
 from unet_surgery.data.prompts import PromptSet
 from unet_surgery.data.shards import choose_device
-from unet_surgery.errors import UsageError, printable
-from unet_surgery.evaluate.drawers import DTYPES, Drawer, load_drawer
+from unet_surgery.errors import UsageError
+from unet_surgery.evaluate.drawers import Drawer, choose_dtype, load_drawer
 from unet_surgery.evaluate.grids import check_grids, check_teacher, draw_grids
 from unet_surgery.evaluate.job import Job, noise_of_blocks
 from unet_surgery.evaluate.request import GenerateRequest, Protocol, plan_prompts, plan_protocol
@@ -162,7 +162,7 @@ def _run(request: GenerateRequest, progress: Progress, fetching: Progress | None
     _check_outputs(request)
     given = _given(request, len(prompts.texts))
     device = choose_device(request.device)
-    dtype = _dtype(request.dtype, device)
+    dtype = choose_dtype(request.dtype, device)
     drawer = load_drawer(
         request.model,
         request.base,
@@ -288,11 +288,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    if name is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise UsageError("there is no such dtype", expected=", ".join(DTYPES), found=printable(name))
-    return DTYPES[name]

@@ -67,6 +67,15 @@ class HubTeacher:
         if self.file is None and f"{self.inside}{INDEX}" in self.names and wanted:
             download(self.repository, wanted)
 
+    def own_file(self, name: str) -> Path | None:
+        """Fetch a file that stands in the model's own folder, and return where it is; None if there is none.
+
+        Raises:
+            HubError, OutputError: as :func:`unet_surgery.hub.download.download`.
+        """
+        path = f"{self.inside}{name}"
+        return download(self.repository, [path]) / path if path in self.names else None
+
     def cached(self) -> LocalWeights | None:
         """Return the U-Net's weights that the repository's listing means, if the Hub cache has them whole."""
         choice = self._choice()
