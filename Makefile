@@ -63,7 +63,7 @@ parity: .venv-parity/.made
 	touch $@
 
 test-demo: .venv-demo/.made
-	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest tests/test_demo.py -rs
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest tests/test_studio.py tests/test_demo.py -rs
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .

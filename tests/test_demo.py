@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import io
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -33,6 +35,15 @@ CPU = torch.device("cpu")
 WISH = Wish(PROMPT, "", 1, 2, 2.0, 32, 32, None)
 # gradio leaves event loops unclosed where a page is made in this process
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loops_end_here() -> Iterator[None]:
+    """Where that is known, and not at the end of all tests."""
+    yield
+    gc.collect()
+
+
 NEEDS_GRADIO = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="gradio is not installed here: make test-demo"
 )
