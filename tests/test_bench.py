@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import comb
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import typer
 from configs import CONFIGS
 from diffusers import UNet2DConditionModel
 from hypothesis import given
@@ -26,21 +30,26 @@ from test_published import STUDENTS, TEACHERS, giga, plan_of
 import unet_surgery as us
 from unet_surgery.checkpoint.bundled import bundled_folder
 from unet_surgery.checkpoint.jsonfile import read_object
+from unet_surgery.cli import bench as cli
 from unet_surgery.distill.partcosts import text_encoder_costs, vae_costs
-from unet_surgery.errors import ConfigError, SurgeryError, TeacherError, UsageError
+from unet_surgery.errors import ConfigError, OutputError, SurgeryError, TeacherError, UsageError
 from unet_surgery.evaluate import bench as of_api
-from unet_surgery.evaluate import benchnets, benchparts, benchrun, peak
+from unet_surgery.evaluate import benchmodels, benchnets, benchparts, benchrun, peak
 from unet_surgery.evaluate.benchmodels import find_models
-from unet_surgery.evaluate.benchresult import BenchReport
+from unet_surgery.evaluate.benchresult import BenchReport, BenchRow
 from unet_surgery.evaluate.matmul import matmul_flops
-from unet_surgery.evaluate.timing import Ratio, interleaved, ratio, spread
+from unet_surgery.evaluate.timing import Ratio, Spread, Timed, interleaved, ratio, spread
 from unet_surgery.evaluate.why import OUT_OF_MEMORY, why_not
+from unet_surgery.hub import ResolvedTeacher
 from unet_surgery.recipe import load_recipe
 from unet_surgery.results.formats import Bench
 from unet_surgery.runtime.load import load_unet
 
 QUICK: dict[str, Any] = {"device": "cpu", "latent": 8, "rounds": 1, "warm_up": 1, "memory": False, "guidance": 1.0}
 CPU = torch.device("cpu")
+COMMAND: Any = cli.bench
+RUN = COMMAND.__wrapped__
+"""The command as a function: its errors are raised, and what it replaces for tests is replaced."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,9 +156,29 @@ def test_the_interval_of_a_ratio_holds_95_of_100() -> None:
 
 def test_what_noise_allows() -> None:
     assert Ratio(0.6, (0.58, 0.62)).is_clear
-    assert not Ratio(0.9, (0.7, 1.1)).is_clear  # perhaps no difference at all
+    assert not Ratio(0.9, (0.7, 1.1)).is_clear
+    assert Ratio(1.0, (0.999, 1.001)).is_clear  # more rounds would not find a difference either
     assert not Ratio(0.6, (0.3, 0.9)).is_clear  # smaller, but by what nobody knows
     assert not Ratio(0.6, None).is_clear
+
+
+def test_no_difference_is_no_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    (model,) = find_models(["tiny-random"])
+    row = replace(BenchRow.of(model), dtype="fp32", batch=1, unet_ms=Spread(1, 1, 1, 10))
+    first = Timed((1.0,) * 10)
+    same, other, noisy = (
+        benchrun._compared(row, Timed(seconds), first)
+        for seconds in ((0.999, 1.001) * 5, (0.8, 0.801) * 5, (0.7, 1.3) * 5)
+    )
+    assert [r.may_equal_first for r in (same, other, noisy)] == [True, False, False]
+    assert [cli._ratio(r) for r in (same, other, noisy)] == ["1", "0.8", "1?"]
+    cli._tell(BenchReport({}, (same, other)), quiet=False)
+    told = capsys.readouterr().err
+    assert "as fast as the first" in told
+    assert "ratio is 0.999 to 1 with" in told
+    assert "noise" not in told
+    cli._tell(BenchReport({}, (noisy,)), quiet=False)
+    assert "lost in the noise" in capsys.readouterr().err
 
 
 def test_the_matrix_product_is_the_clocks() -> None:
@@ -213,7 +242,9 @@ def test_another_latent_size() -> None:
     assert (row.macs_conv_linear, row.macs_all, row.latent) == (native.macs_conv_linear, native.macs_all, (96, 96))
     (wide,) = us.bench(["sd-v1-random"], run=False, latent=(64, 32)).rows
     assert wide.latent == (64, 32)
-    assert "32×64" in tool("bench", "sd-v1-random", "--no-run", "--latent", "64x32")[0]
+    shown, _ = tool("bench", "sd-v1-random", "--no-run", "--latent", "64x32")
+    assert "64×32" in shown  # as it was written
+    assert "latent, w×h" in shown
 
 
 def test_names_are_not_shared_and_are_no_paths(tmp_path: Path) -> None:
@@ -260,6 +291,7 @@ def test_what_a_bench_writes(tmp_path: Path, tiny: Path) -> None:
     assert "picture, s" in shown
     assert "lost in the noise" in err
     assert "the output exists" in tool(*words, code=4)[1]
+    assert "the output is a folder" in tool(*words[:-1], str(tmp_path), "--force", code=4)[1]
     # a report reads it
     page = tmp_path / "report.html"
     us.report([out], page)
@@ -269,10 +301,23 @@ def test_what_a_bench_writes(tmp_path: Path, tiny: Path) -> None:
     assert "lost in the noise" in text
 
 
-def test_every_kind_of_unet_runs_with_random_weights(unet_folders: dict[str, Path]) -> None:
+def test_what_was_measured_is_shown_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_given: Any, **_options: Any) -> None:
+        raise OutputError("the file cannot be written", found="No space left on device")
+
+    monkeypatch.setattr("unet_surgery.checkpoint.target.write_target", full)
+    with pytest.raises(OutputError):
+        RUN(["sd-v1-random"], run=False, out=tmp_path / "bench.json", as_json=True, quiet=True)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["parameters"] == 859_520_964
+
+
+@pytest.mark.parametrize("part", [2, pytest.param(1, marks=pytest.mark.extra)], ids=["half", "all"])
+def test_every_kind_of_unet_runs_with_random_weights(unet_folders: dict[str, Path], part: int) -> None:
     """By the config alone, in every shape; with a text encoder of one width."""
-    names = sorted(name for name, config in CONFIGS.items() if isinstance(config["cross_attention_dim"], int))
-    assert len(names) > 12
+    names = sorted(name for name, config in CONFIGS.items() if isinstance(config["cross_attention_dim"], int))[::part]
+    assert len(names) > 12 / part
     report = us.bench([unet_folders[name] for name in names], random=True, **QUICK)
     assert [row.model for row in report.rows] == names
     assert not [row.failed for row in report.rows if row.failed]
@@ -284,7 +329,7 @@ def test_every_kind_of_unet_runs_with_random_weights(unet_folders: dict[str, Pat
 
 
 def test_random_weights_are_the_configs_network(unet_folders: dict[str, Path]) -> None:
-    """Same tensors as diffusers makes, all finite and no two alike; the output is finite; the global dice lie still."""
+    """Same tensors as diffusers makes, finite, no two matrices alike; a finite output; the global dice lie still."""
     config = CONFIGS["sdxl"]
     state = torch.random.get_rng_state()
     unet = benchnets.random_unet(config, CPU, torch.bfloat16)
@@ -294,6 +339,8 @@ def test_random_weights_are_the_configs_network(unet_folders: dict[str, Path]) -
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in wanted.items()}
     assert {v.dtype for v in made.values()} == {torch.bfloat16}
     assert all(torch.isfinite(v).all() for v in made.values())
+    matrices = [v for v in made.values() if v.dim() > 1]
+    assert len({tuple(v.flatten()[:16].tolist()) for v in matrices}) == len(matrices) > 100
     assert benchnets.forward(unet, (8, 8), 2)().isfinite().all()
 
 
@@ -353,6 +400,74 @@ class FullDevice:
         monkeypatch.setattr(benchrun, "forward", forward)
 
 
+def test_everything_is_fetched_once_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that breaks off in the second dtype would take the first one's times with it."""
+    log: list[str] = []
+
+    def fetch(found: ResolvedTeacher, **options: Any) -> ResolvedTeacher:
+        log.append("parts" if options.get("parts_only") else "weights")
+        options["progress"](1, 2)
+        return replace(found, folder=tiny)
+
+    elsewhere = tmp_path / "elsewhere"  # where the configs lie; the weights come to another folder
+    for name in ("model_index.json", *(f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))):
+        (elsewhere / name).parent.mkdir(parents=True, exist_ok=True)
+        (elsewhere / name).write_bytes((tiny / name).read_bytes())
+    (elsewhere / "scheduler").mkdir()
+    (elsewhere / "scheduler/scheduler_config.json").write_bytes((tiny / "scheduler/scheduler_config.json").read_bytes())
+    monkeypatch.setattr(of_api, "check_weights", lambda _models: None)
+    monkeypatch.setattr(benchnets, "fetch_teacher", fetch)
+    monkeypatch.setattr(benchparts, "fetch_teacher", fetch)
+    monkeypatch.setattr(benchrun, "matmul_flops", lambda *_: log.append("matmul"))
+    told: list[tuple[int, int]] = []
+    options = {**QUICK, "steps": 1, "pictures": 1, "dtypes": ["fp32", "bf16"]}
+    rows = us.bench([elsewhere], fetching=lambda *at: told.append(at), **options).rows
+    assert [row.failed for row in rows] == [None, None]
+    assert log == ["weights", "parts", "matmul", "matmul"]
+    assert told == [(1, 2)] * 2
+
+
+def test_weights_of_the_hub_are_safetensors_or_none(
+    unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository of .bin files is refused at once, not when it is fetched."""
+    hub: Any = SimpleNamespace(repository=SimpleNamespace(id="org/name", commit="0" * 40), inside="", file=None)
+    found = ResolvedTeacher(unet_folders["sd1"], "org/name", "name", None, hub=hub)
+    monkeypatch.setattr(benchmodels, "resolve_teacher", lambda _text: found)
+    with pytest.raises(UsageError, match="no weights that can be loaded"):
+        us.bench(["org/name"], **QUICK)
+
+
+def test_a_damaged_model_is_a_row(unet_folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(unet_folders["sd1"], tmp_path / "bad")
+    config = {**CONFIGS["sd1"], "layers_per_block": 1}
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    good, bad = us.bench([unet_folders["sd1"], tmp_path / "bad"], **QUICK).rows
+    assert (good.failed, bad.unet_ms) == (None, None)
+    assert bad.failed is not None
+    assert bad.failed.startswith("diffusers cannot load the student: Error(s) in loading")
+
+
+def test_the_exit_code_says_that_a_row_failed(
+    unet_folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    FullDevice(monkeypatch, dict(CONFIGS["two-levels"]), 1)
+    out = tmp_path / "bench.json"
+    words = [str(unet_folders[name]) for name in ("sd1", "two-levels")]
+    options = {"device": "cpu", "latent": "8", "rounds": 1, "warm_up": 1, "memory": False, "guidance": 1.0}
+    with pytest.raises(typer.Exit) as ended:
+        RUN(words, out=out, quiet=True, **options)
+    assert ended.value.exit_code == 1
+    assert [row["failed"] for row in json.loads(out.read_text())["rows"]] == [None, OUT_OF_MEMORY]
+    assert OUT_OF_MEMORY in capsys.readouterr().err
+    RUN(words[:1], quiet=True, **options)  # which ends as it should
+
+
 @pytest.mark.parametrize("samples", [0, 1, 2, 4], ids=["loading", "forward", "guided", "batch"])
 def test_out_of_memory_is_a_row(
     unet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
@@ -404,12 +519,70 @@ def test_a_cpu_is_not_asked_for_more_than_is_free(
     assert rows[0].peak_bytes == small + 1000
 
 
+def test_nor_is_the_process_that_measures(unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchrun, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(benchrun, "cpu_peaks", _never)
+    (row,) = us.bench([unet_folders["sd1"]], **{**QUICK, "memory": True}).rows
+    assert row.failed is not None
+    assert row.failed.startswith("out of memory: it takes")
+
+
+def test_one_forward_runs_where_two_at_once_do_not_fit(
+    unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = us.bench([unet_folders["sd1"]], run=False).rows[0].parameters * 4
+    found = {1: peak.Peak(small + 1000), 2: peak.Peak(3 * small)}
+    monkeypatch.setattr(benchrun, "available_bytes", lambda: int(1.2 * small))
+    monkeypatch.setattr(benchrun, "cpu_peaks", lambda _model, samples, **_: {n: found[n] for n in samples})
+    (row,) = us.bench([unet_folders["sd1"]], **{**QUICK, "memory": True, "guidance": 2.0}).rows
+    assert row.unet_ms is not None
+    assert row.guided_ms is None
+    assert row.failed is not None
+    assert row.failed.startswith("with guidance: out of memory")
+
+
+def test_memory_that_could_not_be_measured_is_said(
+    unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = peak.Peak(failed="ImportError: no")
+    monkeypatch.setattr(benchrun, "cpu_peaks", lambda _model, samples, **_: dict.fromkeys(samples, failed))
+    (row,) = us.bench([unet_folders["sd1"]], **{**QUICK, "memory": True}).rows
+    assert row.unet_ms is not None
+    assert (row.failed, row.peak_bytes, row.peak_is) == ("memory: ImportError: no", None, None)
+
+
+def test_what_an_allocator_held_outlives_its_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measured peak starts the counter anew. A stand-in for torch's: there may be no GPU here."""
+    held = {"now": 500, "most": 900}  # of before
+
+    def reset(_device: torch.device) -> None:
+        held["most"] = held["now"]
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: held["most"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 150)
+    reserved = benchrun._Reserved(torch.device("cuda"))
+    held["most"] = 800
+    reserved.note()
+    assert peak.cuda_peak(lambda: None, 7, torch.device("cuda")) == 57
+    assert held["most"] == 500
+    assert reserved.most() == 800
+    assert benchrun._Reserved(CPU).most() is None
+
+
 def test_what_a_process_of_its_own_says() -> None:
     lines = b'{"num_bytes": 10}\n{"num_bytes": 20}\n'
     assert peak.read_peaks([1, 2], 0, lines, b"") == {1: peak.Peak(10), 2: peak.Peak(20)}
     killed = peak.read_peaks([1, 2, 4], -9, lines + b'{"num_by', b"")
     assert killed[2] == peak.Peak(20)
     assert killed[4].failed == "out of memory: the system ended the process (signal 9)"
+    assert peak.read_peaks([1], -11, b"", b"")[1].failed == "the process ended by signal 11"  # no want of memory
+    stray = b'Intel MKL WARNING\n[1]\n{"num_bytes": "many"}\n' + lines
+    assert peak.read_peaks([1, 2], 0, stray, b"") == {1: peak.Peak(10), 2: peak.Peak(20)}
+    stopped = peak.read_peaks([1, 2, 4], 0, b'{"num_bytes": null}\n{"failed": "out of memory"}\n', b"")
+    assert stopped == {1: peak.Peak(), 2: peak.Peak(failed=OUT_OF_MEMORY), 4: peak.Peak(failed=OUT_OF_MEMORY)}
     assert peak.read_peaks([1], 1, b"", b"Traceback\nValueError: no\x1b[1m\n")[1].failed == "ValueError: no\\u001b[1m"
     assert peak.read_peaks([1], 0, b'{"failed": "out of memory"}\n', b"")[1].failed == OUT_OF_MEMORY
 
@@ -418,6 +591,7 @@ def test_why_a_network_could_not_be_run() -> None:
     for error in (torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("[enforce fail] can't allocate memory")):
         assert why_not(error) == OUT_OF_MEMORY
     assert why_not(RuntimeError("\"conv\" not implemented for 'Half'\nmore")) == "\"conv\" not implemented for 'Half'"
+    assert why_not(ValueError("too many steps")) == why_not(IndexError("too many steps")) == "too many steps"
     assert why_not(KeyError("x")) is None
 
 
@@ -480,36 +654,42 @@ def test_random_parts_are_those_of_the_configs(tiny: Path) -> None:
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_a_compiled_unet_is_compared_with_itself(
-    unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, wrong: bool
+def test_a_compiled_unet_is_compared_with_itself_at_each_size(
+    unet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.compile is another's; here it is replaced by what leaves the U-Net as it is, or spoils it."""
+    """torch.compile is another's; here it is replaced by what leaves forwards as they are, or spoils those of one size.
+
+    Each size is a compilation of its own.
+    """
 
     def compiling(unet: Any, *, dynamic: bool) -> None:
         assert not dynamic
-        if wrong:
-            with torch.no_grad():
-                unet.conv_out.weight.mul_(1.01)
+        off = {1: 1.0, 2: 1.0001, 3: 1.0, 6: 1.01}
+        unet._compiled_call_impl = lambda x, *rest, **options: (off[len(x)] * unet.forward(x, *rest, **options)[0],)
 
     monkeypatch.setattr(UNet2DConditionModel, "compile", compiling)
-    (row,) = us.bench([unet_folders["sd1"]], compiled=True, **QUICK).rows
-    assert row.compile
-    if wrong:
-        assert row.unet_ms is None
-        assert row.failed is not None
-        assert "the compiled U-Net gives another output: it differs by 0.0" in row.failed
-    else:
-        assert row.failed is None
-        assert row.compile_difference == 0
+    options = {**QUICK, "batches": [1, 3], "guidance": 2.0}
+    first, second = us.bench([unet_folders["sd1"]], compiled=True, **options).rows
+    assert first.compile
+    assert first.failed is None
+    assert first.compile_difference == pytest.approx(1e-4, rel=0.1)
+    assert second.unet_ms is not None
+    assert second.guided_ms is None
+    assert second.compile_difference == 0
+    assert second.failed is not None
+    assert "with guidance: the compiled U-Net gives another output: it differs by 0.01 of its norm" in second.failed
 
 
 @pytest.mark.extra
 def test_torch_compiles_every_model_at_every_size(unet_folders: dict[str, Path]) -> None:
-    """More models and sizes than torch's own limit of recompilations, which would run the rest eagerly."""
+    """More models and sizes than torch's own limit of recompilations, beyond which it would run them eagerly."""
     pytest.importorskip("torch._inductor")
+    import torch._dynamo
+
     folders = [unet_folders[name] for name in ("two-levels", "no-mid")]
-    rows = us.bench(folders, compiled=True, **{**QUICK, "batches": [1, 2]}).rows
+    config: Any = torch._dynamo.config
+    with config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        rows = us.bench(folders, compiled=True, **{**QUICK, "batches": [1, 2]}).rows
     assert [row.failed for row in rows] == [None] * 4
     assert all(row.compile_difference is not None and row.compile_difference < 1e-4 for row in rows)
 
@@ -528,6 +708,9 @@ def test_torch_compiles_every_model_at_every_size(unet_folders: dict[str, Path])
         ({"warm_up": 0}, "warm-up must be"),
         ({"base": "toy"}, "of whole pictures"),
         ({"scheduler": "ddmi", "steps": 1}, "no scheduler"),
+        ({"scheduler": "lcm", "steps": 51}, "does not take so many steps"),
+        ({"scheduler": "ddim", "steps": 1001}, "does not take so many steps"),
+        ({"guidance": float("nan")}, "guidance must be a finite number"),
         ({"latent": 0}, "no size of latents"),
         ({"device": "abacus"}, "no such device"),
         ({"models": []}, "no model"),
@@ -589,15 +772,31 @@ def test_the_json_is_what_a_report_reads(unet_folders: dict[str, Path], tmp_path
     assert isinstance(ran, BenchReport)
 
 
-def test_the_peak_grows_with_the_weights() -> None:
-    """A real process: the rise holds the weights, once, and more for more samples."""
+def test_the_peak_grows_with_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real process: the rise holds the weights, once, and more for more samples.
+
+    It imports what this one does, whatever lies in the folder where it starts.
+    """
+    (tmp_path / "json.py").write_text("raise ImportError")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", ".")])
     (model,) = find_models(["tiny-random"], latent=(32, 32))
     found = peak.cpu_peaks(model, [4, 1], dtype="fp32", channels_last=False)
     weights = 4 * model.counts.params
+    assert [of.failed for of in found.values()] == [None, None]
     if found[1].num_bytes is None:
         pytest.skip("this system does not say how much memory a process has")
     assert found[4].num_bytes is not None
     assert weights < found[1].num_bytes <= found[4].num_bytes < weights + 400e6
+
+
+def test_linux_ends_the_measured_process_first() -> None:
+    score = Path("/proc/self/oom_score_adj")
+    if not score.exists():
+        pytest.skip("this is not Linux")
+    code = f"from unet_surgery.runtime.machine import offer_memory; offer_memory(); print(open({str(score)!r}).read())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1000"
 
 
 def test_a_missing_torch_is_named(tmp_path: Path) -> None:

@@ -805,9 +805,9 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def test_sizes_as_people_write_them() -> None:
-    from unet_surgery.cli.generate import _size
+    from unet_surgery.cli.options import size_of
 
-    assert [_size("size", text) for text in (None, "512", "512x768", "64X32", "0")] == [
+    assert [size_of("size", text, "512 or 512x768") for text in (None, "512", "512x768", "64X32", "0")] == [
         None,
         512,
         (768, 512),
@@ -816,4 +816,4 @@ def test_sizes_as_people_write_them() -> None:
     ]
     for text in ("", "x", "512x", "-1", "1.5", "512x512x3"):
         with pytest.raises(UsageError, match="--size is not a size"):
-            _size("size", text)
+            size_of("size", text, "512 or 512x768")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import TEACHER_HELP, Json, Quiet
-from unet_surgery.cli.sink import command, progress_bar, say, show, show_json, table
-from unet_surgery.errors import OutputBusyError, OutputError, UsageError, printable
+from unet_surgery.cli.options import TEACHER_HELP, Json, Quiet, size_of
+from unet_surgery.cli.sink import TwoBars, command, say, show, show_json, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["bench"]
 
 NOTHING = "–"
+LATENT = "latent, w×h"
 
 
 @command
@@ -79,19 +78,23 @@ def bench(
 
     MACs are of batch 1: convolutions and linear layers, as the BK-SDM paper counts; and all, with attention's products.
     Models are timed in turn, round after round; times are medians with quartiles. A ratio that the noise does not allow
-    has a question mark. A model that does not fit in memory has a row that says so.
+    has a question mark. A model that does not fit in memory has a row that says so, and the exit code is 1.
 
     Example: unet-surgery bench tiny-random toy --device cpu
     """
+    import json
+
+    from unet_surgery.checkpoint.target import check_new_file, write_target
+
     if out is not None:
-        _refuse_early(out, force=force)
+        check_new_file(out, force=force)
     from unet_surgery.evaluate.bench import bench as measure
 
-    with progress_bar("timing", quiet, of_bytes=False) as progress:
+    with TwoBars("timing", quiet) as bars:
         report = measure(
             models,
             run=run,
-            latent=_size(latent),
+            latent=size_of("latent", latent, "64 or 96x64"),
             device=device,
             dtypes=dtype or (),
             batches=batch or (1,),
@@ -106,46 +109,20 @@ def bench(
             rounds=rounds,
             warm_up=warm_up,
             memory=memory,
-            progress=progress,
+            progress=bars.works,
+            fetching=bars.fetches,
         )
-    if out is not None:
-        _write(out, report, force=force)
-    if as_json:
-        show_json(report.to_json())
+    data = report.to_json()
+    if as_json:  # first: what was measured is not lost to a full disk
+        show_json(data)
     else:
         for part in _tables(report) if run else [_sizes(report)]:
             show(part)
+    if out is not None:
+        write_target(out, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(), force=force)
     _tell(report, quiet=quiet)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """Return (height, width) of what people write as width x height."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", text.strip().lower())
-    if match is None:
-        raise UsageError("--latent is not a size", expected="64 or 96x64", found=printable(text))
-    return int(match[2] or match[1]), int(match[1])
-
-
-def _refuse_early(out: Path, *, force: bool) -> None:
-    if out.exists() and not force:
-        raise OutputError("the output exists", where=str(out), hint="choose another --out, or --force to replace it")
-    if not out.parent.is_dir():
-        raise OutputError("the folder that should hold the output does not exist", where=str(out.parent))
-
-
-def _write(out: Path, report: BenchReport, *, force: bool) -> None:
-    import json
-
-    from unet_surgery.checkpoint.disk import replace_file
-
-    try:
-        replace_file(out, (json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n").encode(), force=force)
-    except FileExistsError:
-        raise OutputError("the output appeared meanwhile", where=str(out), hint="choose another --out") from None
-    except BlockingIOError as error:
-        raise OutputBusyError("another process is writing this file", where=str(out)) from error
+    if any(row.failed is not None for row in report.rows):
+        raise typer.Exit(1)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -164,13 +141,18 @@ def _sizes(report: BenchReport) -> Table:
             _giga(row.macs_conv_linear),
             _giga(row.macs_all),
             share(row.macs_all, first.macs_all),
-            f"{row.latent[0]}×{row.latent[1]}",
+            _wide(row),
             ", ".join(model.name for model in models_of_size(row.parameters)) or NOTHING,
         )
         for row in report.rows
     ]
-    columns = ("U-Net", "parameters", "share", "MACs, conv+linear", "all", "share", "latent", "of the size of")
+    columns = ("U-Net", "parameters", "share", "MACs, conv+linear", "all", "share", LATENT, "of the size of")
     return table(columns, rows, right=range(1, 7))
+
+
+def _wide(row: BenchRow) -> str:
+    """Return width × height, as --latent has them."""
+    return f"{row.latent[1]}×{row.latent[0]}"
 
 
 def _giga(macs: int) -> str:
@@ -188,8 +170,8 @@ def _tables(report: BenchReport) -> list[Table | str]:
         filled = [name for name in cells[0] if any(cell[name] != NOTHING for cell in cells)]
         caption = _caption(rows[0])
         if len({row.latent for row in rows}) == 1:
-            filled.remove("latent")
-            caption += f", latents {cells[0]['latent']}"
+            filled.remove(LATENT)
+            caption += f", latents {cells[0][LATENT]} (w×h)"
         lines = [[cell[name] for name in filled] for cell in cells]
         parts += [caption, table(filled, lines, right=range(1, len(filled)))]
     return parts
@@ -204,7 +186,7 @@ def _cells(row: BenchRow) -> dict[str, str]:
         "params": quantity(row.parameters),
         "MACs": _giga(row.macs_conv_linear),
         "all MACs": _giga(row.macs_all),
-        "latent": f"{row.latent[0]}×{row.latent[1]}",
+        LATENT: _wide(row),
         "forward, ms": failed or _spread(row.unet_ms),
         "guided, ms": _spread(row.guided_ms),
         "picture, s": _spread(row.picture_s),
@@ -251,6 +233,13 @@ def _tell(report: BenchReport, *, quiet: bool) -> None:
             say(f"note: {row.model}, {row.dtype}, batch {row.batch}: {row.failed}")
     if quiet:
         return
+    for row in report.rows:
+        if row.may_equal_first and row.ratio_interval is not None:
+            low, high = row.ratio_interval
+            say(
+                f"note: {row.model}, {row.dtype}, batch {row.batch}: as fast as the first, for all that was seen: the "
+                f"ratio is {low:.3g} to {high:.3g} with 95 %"
+            )
     if any(row.ratio_is_clear is False for row in report.rows):
         say("note: a ratio with a question mark is lost in the noise: more --rounds, or a machine that does less else")
     if len({row.latent for row in report.rows}) > 1:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unet_surgery.cli.options import TEACHER_HELP, Json, Quiet
+from unet_surgery.cli.options import TEACHER_HELP, Json, Quiet, size_of
 from unet_surgery.cli.processes import own_device, part_of_work
-from unet_surgery.cli.sink import Terminated, command, progress_bar, say, show, show_json
+from unet_surgery.cli.sink import Terminated, TwoBars, command, say, show, show_json
 from unet_surgery.errors import MissingExtraError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -119,14 +117,14 @@ def generate(
         raise UsageError("--out is needed", hint="unet-surgery generate --help")
     index, count = part_of_work(part)
     quiet = quiet or (index > 0 and part is None)
-    sizes = {name: _size(name, text) for name, text in (("size", size), ("resize", resize))}
+    sizes = {name: size_of(name, text, "512 or 512x768") for name, text in (("size", size), ("resize", resize))}
     run = _drawing()
     done = [0, 0]
-    with _Bars(quiet) as bars:
+    with TwoBars("drawing", quiet) as bars:
 
         def progress(num_done: int, total: int) -> None:
             done[:] = num_done, total
-            bars.draws(num_done, total)
+            bars.works(num_done, total)
 
         try:
             result = run(
@@ -170,22 +168,6 @@ def generate(
         _tell(result, as_json=as_json, quiet=quiet)
 
 
-class _Bars(ExitStack):
-    """A bar of bytes while models are fetched and loaded, then one of pictures: a terminal shows one at a time."""
-
-    def __init__(self, quiet: bool) -> None:
-        super().__init__()
-        self._quiet = quiet
-        self.fetches = self.enter_context(progress_bar("getting the model", quiet))
-        self._bar: Callable[[int, int], None] | None = None
-
-    def draws(self, num_done: int, total: int) -> None:
-        if self._bar is None:
-            self.close()
-            self._bar = self.enter_context(progress_bar("drawing", self._quiet, of_bytes=False))
-        self._bar(num_done, total)
-
-
 def _drawing() -> Callable[..., GenerateResult]:
     try:
         from unet_surgery.evaluate.generate import generate as run
@@ -196,16 +178,6 @@ def _drawing() -> Callable[..., GenerateResult]:
             hint="unet-surgery doctor says why; where they are missing: pip install 'unet-surgery[train]'",
         ) from error
     return run
-
-
-def _size(name: str, text: str | None) -> int | tuple[int, int] | None:
-    """Return a side, or (height, width) of what people write as width x height."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", text.strip().lower())
-    if match is None:
-        raise UsageError(f"--{name} is not a size", expected="512 or 512x768", found=printable(text))
-    return int(match[1]) if match[2] is None else (int(match[2]), int(match[1]))
 
 
 def _tell(result: GenerateResult, *, as_json: bool, quiet: bool) -> None:

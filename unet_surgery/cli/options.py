@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
+
+from unet_surgery.errors import UsageError, printable
 
 __all__ = [
     "DEFAULT_MAX_HEADER",
@@ -21,6 +24,7 @@ __all__ = [
     "TeacherArgument",
     "TeacherId",
     "Variant",
+    "size_of",
 ]
 
 DEFAULT_MAX_HEADER = "8MiB"
@@ -62,3 +66,17 @@ MaxHeader = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary; results and errors only.")]
+
+
+def size_of(name: str, text: str | None, expected: str) -> int | tuple[int, int] | None:
+    """Return the side, or (height, width), of what people write as width x height after ``--name``.
+
+    Raises:
+        UsageError: it is neither; says what was ``expected``.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})(?:[x×](\d{1,6}))?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--{name} is not a size", expected=expected, found=printable(text))
+    return int(match[1]) if match[2] is None else (int(match[2]), int(match[1]))

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Terminated",
+    "TwoBars",
     "command",
     "error_console",
     "hub_talk",
@@ -203,6 +204,22 @@ def progress_bar(label: str, quiet: bool, *, of_bytes: bool = True) -> Iterator[
             bar.update(task, completed=done, total=total)
 
         yield update
+
+
+class TwoBars(ExitStack):
+    """A bar of bytes while models are fetched or made, then one of what they do: a terminal shows one at a time."""
+
+    def __init__(self, label: str, quiet: bool) -> None:
+        super().__init__()
+        self._label, self._quiet = label, quiet
+        self.fetches = self.enter_context(progress_bar("getting the model", quiet))
+        self._bar: Callable[[int, int], None] | None = None
+
+    def works(self, num_done: int, total: int) -> None:
+        if self._bar is None:
+            self.close()
+            self._bar = self.enter_context(progress_bar(self._label, self._quiet, of_bytes=False))
+        self._bar(num_done, total)
 
 
 def hub_talk(quiet: bool) -> None:

@@ -6,6 +6,7 @@ what disturbs the machine disturbs all of them; see :mod:`unet_surgery.evaluate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ __all__ = ["DTYPE_NAMES", "bench"]
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 
 Progress = Callable[[int, int], None]
-"""Called with calls done and calls in all."""
+"""Called with what is done, and what there is in all."""
 
 
 def bench(
@@ -42,6 +43,7 @@ def bench(
     warm_up: int = 2,
     memory: bool = True,
     progress: Progress | None = None,
+    fetching: Progress | None = None,
 ) -> BenchReport:
     """Count and time the U-Nets of ``models``: folders, built-in names, Hub ids, or plans; the first is the reference.
 
@@ -53,7 +55,8 @@ def bench(
     ``pictures`` rounds of them: text encoder, U-Net, VAE, by ``scheduler`` (the model's own if None); a U-Net alone
     takes the other parts from ``base``. ``random`` makes the networks of random weights by their configs: they take as
     long, and nothing large is fetched; parts that are missing are those of SD v1 or v2. ``memory`` measures the peak,
-    on a CPU in a process of its own. ``progress`` is called with calls done and in all.
+    on a CPU in a process of its own. ``progress`` is called with calls done and in all; ``fetching``, before that, with
+    bytes done and in all while models are fetched or made.
 
     A model that fails, such as for want of memory, has a row that says so.
 
@@ -94,7 +97,11 @@ def bench(
             found=printable(str(error).replace("\n", " ")),
             hint="unet-surgery doctor says why; --no-run counts parameters and MACs without them",
         ) from error
-    return measure(found, settings, progress or (lambda _done, _total: None))
+    return measure(found, settings, progress or _silent, fetching or _silent)
+
+
+def _silent(_done: int, _total: int) -> None:
+    pass
 
 
 def _check(settings: BenchSettings) -> None:
@@ -112,6 +119,8 @@ def _check(settings: BenchSettings) -> None:
         for value in values:
             if value is not None and value < least:
                 raise UsageError(f"{what} must be {least} or more", found=str(value))
+    if not math.isfinite(settings.guidance):
+        raise UsageError("guidance must be a finite number", found=str(settings.guidance))
     if not settings.batches:
         raise UsageError("there is no batch to run", hint="1 is the usual one")
     if settings.steps is None and (settings.base is not None or settings.scheduler is not None):

@@ -57,7 +57,9 @@ def find_models(texts: Sequence[str | Path], *, latent: tuple[int, int] | None =
         raise UsageError("there is no model to bench", hint="name one or more")
     if latent is not None and not all(1 <= side <= MAX_LATENT for side in latent):
         raise UsageError(
-            "this is no size of latents", expected=f"sides of 1 to {MAX_LATENT}", found="×".join(map(str, latent))
+            "this is no size of latents",
+            expected=f"sides of 1 to {MAX_LATENT}",
+            found=f"{latent[1]}×{latent[0]} (width × height)",
         )
     models: list[BenchModel] = []
     for text in texts:
@@ -78,7 +80,11 @@ def _find(text: str, latent: tuple[int, int] | None) -> BenchModel:
         raise UsageError("the model is empty text", hint="give a folder, a Hub id or a built-in name")
     found = resolve_teacher(text)
     opened = open_resolved(found, config_only=found.file is None and found.hub is not None)
-    has_weights = found.file is None and (opened.weights is not None or found.teacher_id is not None)
+    if found.hub is not None:  # whose weights were not opened; there may be none, or .bin alone
+        there = found.remote is not None or found.local is not None
+    else:
+        there = opened.weights is not None or found.teacher_id is not None
+    has_weights = found.file is None and there
     return _model(found.teacher_id or found.name, text, opened.config, latent, found, has_weights=has_weights)
 
 

@@ -5,8 +5,8 @@ Configs are read, and checked against the U-Net, before anything large is loaded
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from unet_surgery.hub import ResolvedTeacher, fetch_teacher, resolve_teacher
 from unet_surgery.runtime.parts import SCHEDULER_CONFIG, Parts, load_parts
 from unet_surgery.sample.draw import check_unet
 
-__all__ = ["PartConfigs", "find_parts", "load_all_parts"]
+__all__ = ["PartConfigs", "fetched_parts", "find_parts", "load_all_parts"]
 
 # The parts of SD v1 and v2, for a U-Net alone: facts of their configs. The text encoder goes by its width.
 VAE = {
@@ -87,15 +87,26 @@ def find_parts(model: BenchModel, base: str | None, *, random: bool) -> PartConf
     return configs
 
 
-def load_all_parts(configs: PartConfigs, device: torch.device, dtype: torch.dtype, *, random: bool) -> Parts:
-    """Load the parts, or make them with ``random`` weights, on ``device``; these have no tokenizer.
+def fetched_parts(configs: PartConfigs, progress: Callable[[int, int], None]) -> PartConfigs:
+    """Return ``configs`` of a pipeline whose parts' weights are in its folder: fetched, or made, where they were not.
 
     Raises:
-        TeacherError, HubError, VerificationError: they cannot be had, or are not whole.
+        TeacherError, HubError, OutputError: they cannot be had.
+    """
+    if configs.found is None:
+        return configs
+    found = fetch_teacher(configs.found, parts_only=True, progress=progress)
+    return replace(configs, found=replace(configs.found, folder=found.folder))
+
+
+def load_all_parts(configs: PartConfigs, device: torch.device, dtype: torch.dtype, *, random: bool) -> Parts:
+    """Load the parts, :func:`fetched_parts`, or make them with ``random`` weights, on ``device``: without a tokenizer.
+
+    Raises:
+        VerificationError: they are not whole.
     """
     if not random and configs.found is not None:
-        found = fetch_teacher(configs.found, parts_only=True, progress=lambda _done, _all: None)
-        return load_parts(found.folder, device=device, dtype=dtype)
+        return load_parts(configs.found.folder, device=device, dtype=dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         try:
             vae: Any = AutoencoderKL.from_config(dict(configs.vae))

@@ -65,7 +65,8 @@ class BenchRow:
     ``unet_ms`` is one forward of ``batch`` samples, ``guided_ms`` one of twice as many, in milliseconds. MACs are of
     batch 1 at ``latent`` (height, width). ``peak_bytes`` is the memory of weights and forwards, as ``peak_is`` says.
     ``ratio_to_first`` compares ``unet_ms`` with the first model's in the same setting and at the same latent size, with
-    ``ratio_interval`` (95 %) and whether that says anything. ``flop_share`` is of the machine's own matrix product.
+    ``ratio_interval`` (95 %) and whether that is narrow. ``compile_difference`` is how far compiled forwards are from
+    eager ones, the most of these sizes. ``flop_share`` is of the machine's own matrix product.
     """
 
     model: str
@@ -95,6 +96,14 @@ class BenchRow:
         """Return what is known of a model without running it."""
         counts = model.counts
         return cls(model.name, counts.params, counts.macs, counts.macs_all, model.latent)
+
+    @property
+    def may_equal_first(self) -> bool:
+        """True if the ratio is known well and may be 1: no difference was found, and more rounds may find none."""
+        if self.ratio_interval is None or not self.ratio_is_clear:
+            return False
+        low, high = self.ratio_interval
+        return low <= 1 <= high
 
 
 @dataclass(frozen=True, slots=True)

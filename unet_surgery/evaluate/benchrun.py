@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from unet_surgery.data.shards import choose_device
+from unet_surgery.errors import SurgeryError, UsageError, printable
 from unet_surgery.evaluate.benchmodels import BenchModel
-from unet_surgery.evaluate.benchnets import forward, load_network
-from unet_surgery.evaluate.benchparts import PartConfigs, find_parts, load_all_parts
+from unet_surgery.evaluate.benchnets import fetched, forward, load_network
+from unet_surgery.evaluate.benchparts import PartConfigs, fetched_parts, find_parts, load_all_parts
 from unet_surgery.evaluate.benchresult import BenchReport, BenchRow, BenchSettings, PictureTime
 from unet_surgery.evaluate.drawers import DTYPES, default_dtype
 from unet_surgery.evaluate.matmul import matmul_flops
@@ -43,14 +44,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class _Entry:
-    """A model while it is on the device. ``failed`` is set where it could not be brought there."""
+    """A model while it is on the device. ``failed`` is set where it could not be brought there.
+
+    ``differences`` are the compiled forwards' from the eager ones, ``peaks`` the memory: both by the number of samples.
+    """
 
     model: BenchModel
     configs: PartConfigs | None
     unet: Any = None
     parts: Parts | None = None
     failed: str | None = None
-    difference: float | None = None
+    differences: dict[int, float] = field(default_factory=dict)
     peaks: dict[int, Peak] = field(default_factory=dict)
 
 
@@ -68,7 +72,9 @@ class _Counter:
             self.progress(self.done, self.total)
 
 
-def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Progress) -> BenchReport:
+def measure(
+    models: Sequence[BenchModel], settings: BenchSettings, progress: Progress, fetching: Progress
+) -> BenchReport:
     """Run ``models`` as :func:`unet_surgery.evaluate.bench.bench` says."""
     device = choose_device(settings.device)
     dtypes = settings.dtypes or (default_dtype(device),)
@@ -76,9 +82,14 @@ def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Pro
     configs = [find_parts(m, settings.base, random=settings.random) if drawing else None for m in models]
     for found in configs:
         if found is not None:
-            make_scheduler(found.scheduler, settings.scheduler)
+            _check_steps(found, settings)
+    if not settings.random:  # all of it now: a connection that breaks off later would take the measurements with it
+        models = [fetched(model, fetching) for model in models]
+        configs = [found and fetched_parts(found, fetching) for found in configs]
     settle = _settling(device)
     rates = {dtype: matmul_flops(device, DTYPES[dtype], settle) for dtype in dtypes}
+    _release(device)
+    reserved = _Reserved(device)
     calls = (settings.rounds + settings.warm_up) * (2 if settings.is_guided else 1)
     calls += settings.pictures + PICTURE_WARM_UP if drawing else 0
     each = len(settings.batches) * calls + _asks_processes(settings, device)
@@ -86,12 +97,26 @@ def measure(models: Sequence[BenchModel], settings: BenchSettings, progress: Pro
     rows: list[BenchRow] = []
     for dtype in dtypes:
         entries = [_Entry(model, config) for model, config in zip(models, configs, strict=True)]
-        one = _OneDtype(settings, device, dtype, settle, rates[dtype], counter, entries)
+        one = _OneDtype(settings, device, dtype, settle, rates[dtype], counter, reserved, entries)
         with _compiling(settings.compiled):
             rows += one.rows()
         del one, entries
         _release(device)
-    return BenchReport(_machine(device, rates), tuple(rows))
+    return BenchReport({**_machine(device, rates), "reserved_bytes": reserved.most()}, tuple(rows))
+
+
+def _check_steps(found: PartConfigs, settings: BenchSettings) -> None:
+    """Check that the scheduler exists and takes so many steps: some have at most 50, some what they trained with."""
+    scheduler = make_scheduler(found.scheduler, settings.scheduler)
+    try:
+        scheduler.set_timesteps(settings.steps)
+    except (ValueError, IndexError) as error:
+        raise UsageError(
+            "the scheduler does not take so many steps",
+            where=type(scheduler).__name__,
+            found=f"{settings.steps}: {printable(str(error))}",
+            hint="choose fewer --steps, or another --scheduler",
+        ) from error
 
 
 @dataclass(slots=True)
@@ -104,6 +129,7 @@ class _OneDtype:
     settle: Callable[[], None]
     rate: float | None
     counter: _Counter
+    reserved: _Reserved
     entries: list[_Entry]
 
     def rows(self) -> list[BenchRow]:
@@ -121,17 +147,22 @@ class _OneDtype:
         return 2 * batch if self.settings.is_guided else batch
 
     def _find_cpu_peaks(self) -> None:
-        samples = {batch: self._samples(batch) for batch in self.settings.batches}
+        batches = self.settings.batches
+        samples = {*batches, *map(self._samples, batches)}
         for entry in self.entries:
-            peaks = cpu_peaks(
-                entry.model, list(samples.values()), dtype=self.dtype, channels_last=self.settings.channels_last
-            )
-            entry.peaks = {batch: peaks[count] for batch, count in samples.items()}
+            entry.failed = self._too_much(entry, self._weight_bytes(entry))
+            if entry.failed is None:
+                entry.peaks = cpu_peaks(
+                    entry.model, sorted(samples), dtype=self.dtype, channels_last=self.settings.channels_last
+                )
             self.counter.add()
+
+    def _weight_bytes(self, entry: _Entry) -> int:
+        return entry.model.counts.params * int(DTYPES[self.dtype].itemsize)
 
     def _load(self, entry: _Entry, loaded: dict[int, Parts]) -> None:
         settings, dtype = self.settings, DTYPES[self.dtype]
-        entry.failed = self._too_much(entry, entry.model.counts.params * dtype.itemsize)
+        entry.failed = self._too_much(entry, self._weight_bytes(entry))
         if entry.failed is not None:
             return
         try:
@@ -141,8 +172,8 @@ class _OneDtype:
             if entry.configs is not None:
                 entry.parts = self._parts(entry.configs, loaded)
             if settings.compiled:
-                entry.difference = self._compile(entry)
-        except (RuntimeError, MemoryError) as error:
+                entry.unet.compile(dynamic=False)
+        except (RuntimeError, MemoryError, SurgeryError) as error:
             self._give_up(entry, why_not(error))
 
     def _parts(self, configs: PartConfigs, loaded: dict[int, Parts]) -> Parts:
@@ -162,23 +193,29 @@ class _OneDtype:
         others = f" beside {beside} other model{'s' if beside > 1 else ''}" if beside else ""
         return f"{OUT_OF_MEMORY}{others}: it takes {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
 
-    def _too_large(self, entry: _Entry, batch: int) -> str | None:
-        """Return why a forward is not tried, by what a process of its own took, or was ended for."""
-        peak = entry.peaks.get(batch, Peak())
+    def _too_large(self, entry: _Entry, samples: int) -> str | None:
+        """Return why a forward of ``samples`` is not tried, by what a process of its own took, or was ended for."""
+        peak = entry.peaks.get(samples, Peak())
         if peak.failed is not None:
             return peak.failed if peak.failed.startswith(OUT_OF_MEMORY) else None  # else it says the same again
         return None if peak.num_bytes is None else self._too_much(entry, peak.num_bytes - network_bytes(entry.unet))
 
-    def _compile(self, entry: _Entry) -> float:
-        """Compile a U-Net, and return how far its output is from the eager one; RuntimeError where that is too far."""
-        samples = self._samples(self.settings.batches[0])
-        run = forward(entry.unet, entry.model.latent, samples, channels_last=self.settings.channels_last)
-        eager = run().float()
-        entry.unet.compile(dynamic=False)
-        difference = float((run().float() - eager).norm() / eager.norm())
+    def _compare(self, entry: _Entry, samples: int) -> None:
+        """Note how far a compiled forward's output is from the eager one: each size is a compilation of its own.
+
+        RuntimeError where that is too far.
+        """
+        if not self.settings.compiled or samples in entry.differences:
+            return
+        options: dict[str, Any] = {"channels_last": self.settings.channels_last}
+        eager, compiled = (
+            forward(entry.unet, entry.model.latent, samples, **options, eager=is_eager)().float()
+            for is_eager in (True, False)
+        )
+        difference = float((compiled - eager).norm() / eager.norm())
         if not difference <= COMPILED_TOLERANCE[self.dtype]:
             raise RuntimeError(f"the compiled U-Net gives another output: it differs by {difference:.2g} of its norm")
-        return difference
+        entry.differences[samples] = difference
 
     def _give_up(self, entry: _Entry, why: str | None) -> None:
         entry.unet = entry.parts = None
@@ -189,13 +226,14 @@ class _OneDtype:
 
     def _rows(self, batch: int) -> list[BenchRow]:
         settings = self.settings
+        most = self._samples(batch)
         once = self._pass(lambda entry: self._forward(entry, batch), batch, settings.rounds, settings.warm_up)
         twice: list[Timed] = [Timed(())] * len(self.entries)
         if settings.is_guided:
-            twice = self._pass(lambda entry: self._forward(entry, 2 * batch), batch, settings.rounds, settings.warm_up)
+            twice = self._pass(lambda entry: self._forward(entry, most), most, settings.rounds, settings.warm_up)
         drawn: list[Timed] = [Timed(())] * len(self.entries)
         if settings.steps is not None:
-            drawn = self._pass(lambda entry: self._drawing(entry, batch), batch, settings.pictures, PICTURE_WARM_UP)
+            drawn = self._pass(lambda entry: self._drawing(entry, batch), most, settings.pictures, PICTURE_WARM_UP)
         rows = []
         for k, entry in enumerate(self.entries):
             row = self._row(entry, batch, once[k], twice[k], drawn[k])
@@ -203,10 +241,10 @@ class _OneDtype:
         return rows
 
     def _pass(
-        self, call_of: Callable[[_Entry], Callable[[], object]], batch: int, rounds: int, warm_up: int
+        self, call_of: Callable[[_Entry], Callable[[], object]], samples: int, rounds: int, warm_up: int
     ) -> list[Timed]:
-        """Time one call of each model that is there, side by side."""
-        timed = [Timed((), entry.failed or self._too_large(entry, batch)) for entry in self.entries]
+        """Time one call of each model that is there, side by side; ``samples`` is what the U-Net gets at once."""
+        timed = [Timed((), entry.failed or self._too_large(entry, samples)) for entry in self.entries]
         alive = [k for k, found in enumerate(timed) if found.failed is None]
         self.counter.add((len(timed) - len(alive)) * (rounds + warm_up))
         calls = [_lazily(call_of, self.entries[k]) for k in alive]
@@ -225,10 +263,12 @@ class _OneDtype:
         return why
 
     def _forward(self, entry: _Entry, samples: int) -> Callable[[], object]:
+        self._compare(entry, samples)
         return forward(entry.unet, entry.model.latent, samples, channels_last=self.settings.channels_last)
 
     def _drawing(self, entry: _Entry, batch: int) -> Callable[[], object]:
         """Return what draws ``batch`` pictures; the empty prompt's embedding is made once, as for many pictures."""
+        self._compare(entry, self._samples(batch))
         settings, parts = self.settings, entry.parts
         assert parts is not None
         assert settings.steps is not None
@@ -256,7 +296,7 @@ class _OneDtype:
             dtype=self.dtype,
             batch=batch,
             compile=settings.compiled,
-            compile_difference=entry.difference,
+            compile_difference=self._difference(entry, batch),
             channels_last=settings.channels_last,
             unet_ms=_milliseconds(once),
             guided_ms=_milliseconds(twice),
@@ -269,6 +309,10 @@ class _OneDtype:
             row = replace(row, flop_share=flops / self.rate)
         return row
 
+    def _difference(self, entry: _Entry, batch: int) -> float | None:
+        sizes = (batch, self._samples(batch))
+        return max((entry.differences[size] for size in sizes if size in entry.differences), default=None)
+
     def _picture(self, entry: _Entry, batch: int, drawn: Timed) -> PictureTime:
         settings = self.settings
         assert settings.steps is not None
@@ -280,16 +324,21 @@ class _OneDtype:
         )
 
     def _with_peak(self, row: BenchRow, entry: _Entry, batch: int) -> BenchRow:
-        if self.device.type == "cpu" and batch in entry.peaks:
-            return replace(row, peak_bytes=entry.peaks[batch].num_bytes, peak_is=CPU_PEAK)
+        samples = self._samples(batch)
+        if self.device.type == "cpu" and samples in entry.peaks:
+            peak = entry.peaks[samples]
+            failed = row.failed or (None if peak.failed is None else f"memory: {peak.failed}")
+            is_known = peak.num_bytes is not None
+            return replace(row, peak_bytes=peak.num_bytes, peak_is=CPU_PEAK if is_known else None, failed=failed)
         if self.device.type != "cuda" or row.unet_ms is None:
             return row
         try:
-            call = self._forward(entry, self._samples(batch))
-            peak = cuda_peak(call, network_bytes(entry.unet), self.device)
+            call = self._forward(entry, samples)
+            self.reserved.note()  # the peak is measured from a new start
+            num_bytes = cuda_peak(call, network_bytes(entry.unet), self.device)
         except RuntimeError as error:
             return replace(row, failed=row.failed or self._why(error))
-        return replace(row, peak_bytes=peak, peak_is=CUDA_PEAK)
+        return replace(row, peak_bytes=num_bytes, peak_is=CUDA_PEAK)
 
 
 def _lazily(call_of: Callable[[_Entry], Callable[[], object]], entry: _Entry) -> Callable[[], object]:
@@ -345,6 +394,26 @@ def _release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+class _Reserved:
+    """The most that torch's allocator has held of a GPU since this was made, through resets of its own counter."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._most = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def note(self) -> None:
+        """To be called before the counter is reset."""
+        if self._device.type == "cuda":
+            self._most = max(self._most, torch.cuda.max_memory_reserved(self._device))
+
+    def most(self) -> int | None:
+        """Return bytes; None where it is no GPU."""
+        self.note()
+        return self._most if self._device.type == "cuda" else None
+
+
 @contextlib.contextmanager
 def _compiling(compiled: bool) -> Iterator[None]:
     """Let torch compile each model at each size, however many there are: beyond its limit it would run them eagerly."""
@@ -372,5 +441,4 @@ def _machine(device: torch.device, rates: dict[str, float | None]) -> dict[str, 
         "system": f"{platform.system()} {platform.machine()}",
         "cuda": torch.version.cuda if is_cuda else None,
         "matmul_tflops": {dtype: None if rate is None else rate / 1e12 for dtype, rate in rates.items()},
-        "reserved_bytes": torch.cuda.max_memory_reserved(device) if is_cuda else None,
     }

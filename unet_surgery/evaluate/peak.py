@@ -5,14 +5,14 @@ U-Net's own weights; so other models on the device do not count, nor does what C
 themselves.
 
 CPU: how far the resident memory of a fresh process rose from before the U-Net was made to after its forward, by
-Linux's high-water mark (VmHWM). Libraries are loaded before. Weights are random, of the same size. If the system ends
-that process for want of memory, this one goes on.
+Linux's high-water mark (VmHWM). Libraries are loaded before. Weights are random, of the same size. Linux ends that
+process first when there is no memory left, and this one goes on.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +27,8 @@ from unet_surgery.evaluate.why import OUT_OF_MEMORY
 __all__ = ["CPU_PEAK", "CUDA_PEAK", "Peak", "cpu_peaks", "cuda_peak", "network_bytes", "read_peaks"]
 
 CUDA_PEAK = "torch's CUDA allocator: weights and the most that a forward adds"
+CHILD = "import sys; sys.path[:] = sys.argv[1:]; from unet_surgery.evaluate.peak_child import main; main()"
+"""It imports from where this process does, in the same order, and not from the folder it stands in."""
 CPU_PEAK = "rise of a fresh process's resident memory: weights and an eager forward"
 
 
@@ -64,12 +66,11 @@ def cpu_peaks(model: BenchModel, samples: Sequence[int], *, dtype: str, channels
         "channels_last": channels_last,
         "threads": torch.get_num_threads(),
     }
-    child = subprocess.Popen(  # this Python, and a module of this package
-        [sys.executable, "-m", "unet_surgery.evaluate.peak_child"],
+    child = subprocess.Popen(  # noqa: S603  # this Python, and a module of this package
+        [sys.executable, "-P", "-W", "ignore", "-c", CHILD, *sys.path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": _path(), "PYTHONWARNINGS": "ignore"},
     )
     try:
         output, complaints = child.communicate(json.dumps(wanted).encode())
@@ -81,15 +82,34 @@ def cpu_peaks(model: BenchModel, samples: Sequence[int], *, dtype: str, channels
 
 
 def read_peaks(samples: Sequence[int], status: int, output: bytes, complaints: bytes) -> dict[int, Peak]:
-    """Return what the other process said, a line for each of ``samples``; for the rest, what became of it."""
-    last = complaints.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    killed = f"{OUT_OF_MEMORY}: the system ended the process (signal {-status})"
-    rest = Peak(failed=killed if status < 0 else printable(last) or f"the process ended with status {status}")
+    """Return what the other process said, a line for each of ``samples``; for the rest, what became of it.
+
+    The process stops at the first that fails, and larger ones fail as that did. Lines that it did not write, but a
+    library of its, are left out.
+    """
     lines = output.split(b"\n")[:-1]  # the last one is empty, or was cut off
-    said = [Peak(**json.loads(line)) for line in lines[: len(samples)]]
+    said = [peak for peak in map(_peak, lines) if peak is not None][: len(samples)]
+    rest = said[-1] if said and said[-1].failed is not None else Peak(failed=_what_became(status, complaints))
     return dict(zip(samples, [*said, *[rest] * (len(samples) - len(said))], strict=True))
 
 
-def _path() -> str:
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return os.pathsep.join([package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+def _peak(line: bytes) -> Peak | None:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return None
+    match answer:
+        case {"num_bytes": int() | None as num_bytes}:
+            return Peak(num_bytes)
+        case {"failed": str() as failed}:
+            return Peak(failed=printable(failed))
+    return None
+
+
+def _what_became(status: int, complaints: bytes) -> str:
+    if status == -signal.SIGKILL:
+        return f"{OUT_OF_MEMORY}: the system ended the process (signal {-status})"
+    if status < 0:
+        return f"the process ended by signal {-status}"
+    last = complaints.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return printable(last) or f"the process ended with status {status}"

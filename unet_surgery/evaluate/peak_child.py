@@ -1,4 +1,4 @@
-"""The process that :mod:`unet_surgery.evaluate.peak` measures: ``python -m unet_surgery.evaluate.peak_child``.
+"""The process that :mod:`unet_surgery.evaluate.peak` measures.
 
 It reads what to run as JSON from stdin, makes the U-Net with random weights, runs it once, and says on stdout how far
 its memory rose.
@@ -16,6 +16,7 @@ import torch
 from unet_surgery.evaluate.benchnets import forward, random_unet
 from unet_surgery.evaluate.drawers import DTYPES
 from unet_surgery.evaluate.why import why_not
+from unet_surgery.runtime.machine import offer_memory
 
 __all__ = ["main", "rises"]
 
@@ -50,17 +51,16 @@ def _memory(key: str) -> int | None:
 def main() -> None:
     """Answer on stdout: a line of JSON for each number of samples, at once, for the next may be the end."""
     wanted = json.load(sys.stdin)
+    offer_memory()
     try:
         for num_bytes in rises(wanted):
             _say({"num_bytes": num_bytes})
-    except RuntimeError as error:
-        _say({"failed": why_not(error)})
+    except Exception as error:
+        if (why := why_not(error)) is None:
+            raise
+        _say({"failed": why})
 
 
 def _say(answer: dict[str, int | str | None]) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

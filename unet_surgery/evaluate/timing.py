@@ -2,7 +2,7 @@
 
 Every round takes each of them once; the next round begins with the next one. A ratio is that of two times of the same
 round, so slow drift (heat, other programs) divides out; the median over the rounds is given with an interval that
-holds for any distribution of noise.
+holds for any distribution of noise, as long as the rounds do not depend on each other.
 """
 
 from __future__ import annotations
@@ -41,11 +41,8 @@ class Ratio:
 
     @property
     def is_clear(self) -> bool:
-        """True if the noise leaves something to be said: the interval is narrow, and 1 is outside."""
-        if self.interval is None:
-            return False
-        low, high = self.interval
-        return not low <= 1 <= high and high - low <= WIDE * self.value
+        """True if the ratio is known well: the interval is narrow, whether 1 lies in it or not."""
+        return self.interval is not None and self.interval[1] - self.interval[0] <= WIDE * self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,16 @@ OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALL
 def why_not(error: Exception) -> str | None:
     """Return what became of a network in a line; None for an error that is no network's, and is to be raised.
 
-    What torch refuses on a device (a dtype, a shape, a compiler that is missing) is a RuntimeError.
+    What torch refuses on a device (a dtype, a shape, a compiler that is missing) is a RuntimeError; what a scheduler or
+    a network refuses of its arguments while it runs is a ValueError or an IndexError.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return OUT_OF_MEMORY
     text = str(error)
     if isinstance(error, RuntimeError) and any(word in text for word in OF_MEMORY):
         return OUT_OF_MEMORY
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError | ValueError | IndexError):
         return printable(text.strip().partition("\n")[0]) or type(error).__name__
-    return printable(error.what) if isinstance(error, SurgeryError) else None
+    if isinstance(error, SurgeryError):
+        return printable(error.what if error.found is None else f"{error.what}: {error.found}")
+    return None

@@ -211,7 +211,7 @@ def published_table(*, heading: str) -> Table:
 
 def setting_of(row: BenchRow) -> str:
     """Return in words what a time depends on beside the model."""
-    size = f"latent {row.latent[0]}×{row.latent[1]}"
+    size = f"latent {row.latent[1]}×{row.latent[0]}"
     if row.dtype is None or row.batch is None:
         return f"{size}, counted only"
     return f"{size}, {row.dtype}, batch {row.batch}" + (", compiled" if row.compile else "")
