@@ -67,7 +67,11 @@ class Server:
         self._socket.close()
 
     def _serve(self) -> None:
-        self._server.run(sockets=[self._socket])
+        try:
+            self._server.run(sockets=[self._socket])
+        except ValueError:  # asyncio, now and then, of a connection that came in while its socket was closed
+            if not self._server.should_exit:
+                raise
 
 
 def _application(page: gr.Blocks, port: int) -> fastapi.FastAPI:
