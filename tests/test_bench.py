@@ -706,7 +706,7 @@ def test_torch_compiles_every_model_at_every_size(unet_folders: dict[str, Path])
         ({"steps": 0}, "steps must be"),
         ({"rounds": 0}, "rounds must be"),
         ({"warm_up": 0}, "warm-up must be"),
-        ({"base": "toy"}, "of whole pictures"),
+        ({"base": "toy"}, "a base is for whole pictures"),
         ({"scheduler": "ddmi", "steps": 1}, "no scheduler"),
         ({"scheduler": "lcm", "steps": 51}, "does not take so many steps"),
         ({"scheduler": "ddim", "steps": 1001}, "does not take so many steps"),

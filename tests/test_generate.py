@@ -534,7 +534,8 @@ def test_models_of_the_hub(
 
 def test_other_kinds_of_models(prompts: Path, unet_folders: dict[str, Path], tmp_path: Path) -> None:
     for model, match in (
-        (unet_folders["sdxl"], "does not fit"),
+        (unet_folders["sdxl"], "conditions beside time and text"),
+        ("sdxl-random", "addition_embed_type: text_time"),
         (unet_folders["sd1"], "does not fit"),
         ("nobody", "there is no teacher"),
     ):
@@ -628,7 +629,7 @@ def test_a_teacher_is_refused_before_drawing(
     prompts: Path, unet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    for teacher, match in (("nobody", "there is no teacher"), (unet_folders["sdxl"], "does not fit")):
+    for teacher, match in (("nobody", "there is no teacher"), (unet_folders["sdxl"], "conditions beside")):
         with pytest.raises(SurgeryError, match=match):
             generate("tiny-random", prompts, out, teacher=teacher, **OPTIONS)
     (tmp_path / "out-grids").write_text("")

@@ -190,6 +190,6 @@ def _tell(result: GenerateResult, *, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     rate = f", {result.num_drawn / result.seconds:.3g} a second" if result.num_drawn and result.seconds else ""
-    say(f"{result.num_there} pictures; {result.num_drawn} drawn now{rate}")
+    say(f"{result.num_there} picture{'s' if result.num_there != 1 else ''}; {result.num_drawn} drawn now{rate}")
     if not result.finished:
         say(f"of {result.num_pictures}; the part that is done last completes the folder")

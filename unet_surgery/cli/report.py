@@ -54,7 +54,7 @@ def report(
         return
     show(str(result.page))
     if not quiet:
-        plots = f"; {len(result.plots)} plots in {png}" if png is not None else ""
+        plots = f"; {len(result.plots)} plot{'s' if len(result.plots) != 1 else ''} in {png}" if png is not None else ""
         say(f"{result.num_bytes / 1e6:.1f} MB{plots}")
         for text in result.left_out:
             say(f"left out: {text}")

@@ -124,6 +124,7 @@ def _check(settings: BenchSettings) -> None:
     if not settings.batches:
         raise UsageError("there is no batch to run", hint="1 is the usual one")
     if settings.steps is None and (settings.base is not None or settings.scheduler is not None):
-        raise UsageError("base and scheduler are of whole pictures", hint="say of how many steps: --steps 25")
+        what = "a base" if settings.scheduler is None else "a scheduler"
+        raise UsageError(f"{what} is for whole pictures, and none are drawn", hint="say of how many steps: --steps 25")
     if settings.scheduler is not None:
         check_scheduler_name(settings.scheduler)

@@ -14,8 +14,10 @@ from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.checkpoint.identity import network_sha256, tokenizer_sha256, vae_sha256
 from unet_surgery.errors import UsageError, printable
 from unet_surgery.hub import fetch_teacher, resolve_teacher
+from unet_surgery.hub.open import open_resolved
 from unet_surgery.runtime.load import load_unet
 from unet_surgery.runtime.parts import Parts, load_parts
+from unet_surgery.sample.draw import check_conditions
 
 __all__ = ["DTYPES", "Drawer", "choose_dtype", "default_dtype", "load_drawer"]
 
@@ -117,5 +119,7 @@ def _folder(text: str, fetching: Progress, *, parts_only: bool) -> tuple[str, Pa
             expected="a folder, a Hub id or a built-in name",
             hint="unet-surgery prune --recipe … writes a folder from it",
         )
+    if not parts_only:  # before gigabytes come, or are made
+        check_conditions(open_resolved(found, config_only=True).config)
     found = fetch_teacher(found, parts_only=parts_only, full=not parts_only, progress=fetching)
     return found.teacher_id or found.name, found.folder

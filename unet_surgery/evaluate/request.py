@@ -155,7 +155,7 @@ def _strength(request: GenerateRequest, size: tuple[int, int] | None) -> float |
     if request.init is None:
         for name, value in (("strength", request.strength), ("masks", request.masks)):
             if value is not None:
-                raise UsageError(f"{name} belong to pictures to start from", hint="name their folder: --init FOLDER")
+                raise UsageError(f"{name} without pictures to start from", hint="name their folder: --init FOLDER")
         return None
     if size is not None and size[0] != size[1]:
         raise UsageError("pictures to start from become squares", expected="one --size", found=f"{size[0]}×{size[1]}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "SCHEDULERS",
     "Sampling",
     "SchedulerKind",
+    "check_conditions",
     "check_unet",
     "decode",
     "draw_batch",
@@ -254,8 +255,22 @@ def check_unet(config: Any, parts: Parts, *, masks: bool = False) -> None:
             found=f"{config.in_channels}, {config.cross_attention_dim}",
             hint="masks are for inpainting U-Nets; those of other families cannot be sampled here",
         )
-    if config.time_cond_proj_dim is not None or config.addition_embed_type is not None:
-        raise UsageError("U-Nets with conditions beside time and text cannot be sampled here")
+    check_conditions(config)
+
+
+def check_conditions(config: Mapping[str, Any]) -> None:
+    """Check by a U-Net's config alone that time and text are all that it is conditioned on.
+
+    Raises:
+        UsageError: there is more, as in SDXL's.
+    """
+    more = [key for key in ("addition_embed_type", "time_cond_proj_dim") if config.get(key) is not None]
+    if more:
+        raise UsageError(
+            "U-Nets with conditions beside time and text cannot be sampled here",
+            expected="a U-Net as of SD v1 or v2",
+            found=", ".join(f"{key}: {config[key]}" for key in more),
+        )
 
 
 def _check(prompts: Sequence[str], indices: list[int], steps: int, batch: int) -> None:
