@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unet_surgery.checkpoint.components import INDEX
@@ -146,6 +147,6 @@ def _check_fit(model: BenchModel, configs: PartConfigs) -> None:
     text = SimpleNamespace(hidden_size=configs.text_encoder.get("hidden_size"))
     parts: Any = SimpleNamespace(vae=SimpleNamespace(config=vae), text_encoder=SimpleNamespace(config=text))
     try:
-        check_unet(SimpleNamespace(**{**DEFAULTS, **model.config}), parts)
+        check_unet(FrozenDict({**DEFAULTS, **model.config}), parts)
     except UsageError as error:
         raise error.at(printable(model.text)) from None
