@@ -52,7 +52,8 @@ def test_this_installation_is_healthy() -> None:
     assert "pytest" not in packages
     assert packages["torch"]["extra"] == "torch"
     assert packages["numpy"]["extra"] is None
-    assert all(p["version"] and p["error"] is None and p["seconds"] is not None for p in packages.values())
+    here = [p for p in packages.values() if p["extra"] != "demo"]  # which has an environment of its own
+    assert all(p["version"] and p["error"] is None and p["seconds"] is not None for p in here)
     assert found["devices"]
     assert [place["writable"] for place in found["places"]] == [True, True, True]
 

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -134,12 +135,14 @@ def _packages() -> tuple[tuple[Package, ...], tuple[str, ...]]:
     from packaging.requirements import Requirement
 
     found: list[Package] = []
-    for text in metadata.requires(DISTRIBUTION) or ():
-        requirement = Requirement(text)
-        extra = _extra(str(requirement.marker or ""))
+    wanted = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    extras = [_extra(str(requirement.marker or "")) for requirement in wanted]
+    sizes = Counter(extras)
+    # What an extra takes from another is listed with the smallest, and what all need before any.
+    order = sorted(range(len(wanted)), key=lambda k: (extras[k] is not None, sizes[extras[k]]))
+    for requirement, extra in ((wanted[k], extras[k]) for k in order):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra or ""}):
             continue  # for another system
-        # What an extra takes from another is listed with the first that names it.
         if extra not in NOT_FOR_USERS and not any(p.name == requirement.name for p in found):
             found.append(Package(requirement.name, extra, str(requirement.specifier), _version(requirement.name), None))
     if _version(TORCHVISION) is not None:
