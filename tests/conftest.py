@@ -30,6 +30,18 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     warm.of_the_session(os.environ)
 
 
+@pytest.fixture(autouse=True)
+def _environment(_own_caches: None) -> Iterator[None]:
+    """Nothing that a test, or a library in it, sets outlives it: the next one's commands would not run in warm.py's."""
+    before = dict(os.environ)
+    yield
+    for name in (before.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The whole small pipeline of ``--teacher tiny-random``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from teachers import folder_bytes
-from training import command, environment, metrics, run_command, run_data, write_run
+from training import environment, metrics, run_command, run_data, write_run
+from warm import Started, start_tool
 
 import unet_surgery as us
 from unet_surgery.distill import RunConfig, distill
@@ -103,15 +103,15 @@ def test_a_killed_run_goes_on_bit_for_bit(sparse: Path, places: dict[str, Path],
     kills = 0
     for _ in range(12):
         before = _locked_at(out)
-        child = subprocess.Popen(command("distill", str(run), "-q"), env=environment(), stderr=subprocess.PIPE)
+        child = start_tool(("distill", str(run), "-q"), env=environment())
         if kills < 3:
             _wait_for(lambda: _locked_at(out) > before, child)  # noqa: B023
             time.sleep(rng.uniform(0, 3.0))
             child.send_signal(signal.SIGKILL)
-        _, errors = child.communicate(timeout=240)
-        if child.returncode == 0:
+        done = child.ended()
+        if done.returncode == 0:
             break
-        assert child.returncode == -signal.SIGKILL, errors.decode()
+        assert done.returncode == -signal.SIGKILL, done.stderr
         kills += 1
     else:
         pytest.fail("it never came to its end")
@@ -129,9 +129,9 @@ def metrics_bytes(out: Path) -> list[bytes]:
     return (out / "metrics.jsonl").read_bytes().splitlines()
 
 
-def _wait_for(condition: Any, child: subprocess.Popen[bytes]) -> None:
+def _wait_for(condition: Any, child: Started) -> None:
     end = time.monotonic() + 120
-    while time.monotonic() < end and child.poll() is None and not condition():
+    while time.monotonic() < end and not child.is_over() and not condition():
         time.sleep(0.01)
 
 
@@ -139,13 +139,13 @@ def test_a_signal_ends_a_run_with_a_checkpoint(sparse: Path, places: dict[str, P
     out = tmp_path / "run"
     data = run_data(out, places["student"], {"cache": str(places["cache"])}, **{**SPARSE, "save": {"every": 1000}})
     run = write_run(tmp_path / "run.yaml", data)
-    child = subprocess.Popen(command("distill", str(run)), env=environment(), stderr=subprocess.PIPE)
+    child = start_tool(("distill", str(run)), env=environment())
     _wait_for(lambda: (out / "metrics.jsonl").is_file() and metrics_bytes(out), child)
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGTERM)  # a launcher's echo
-    _, errors = child.communicate(timeout=240)
-    assert child.returncode == 143, errors.decode()
-    assert b"the same command goes on" in errors
+    done = child.ended()
+    assert done.returncode == 143, done.stderr
+    assert "the same command goes on" in done.stderr
     (folder,) = state_folders(out)
     assert 4 <= load_state(folder).step < 9
     again = run_command("distill", str(run))

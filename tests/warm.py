@@ -11,6 +11,7 @@ import atexit
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -18,11 +19,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["Warm", "become", "run_main", "run_tool"]
+__all__ = ["Started", "Warm", "become", "run_main", "run_tool", "start_tool"]
 
 AT_RUN_TIME = {
     "COLUMNS",
@@ -71,7 +73,7 @@ class Warm:
             self._process = subprocess.Popen(
                 words, env=self._env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-        self._answers = self._socket.makefile("r")
+        self._answers = self._socket.makefile("rb", buffering=0)  # so that select knows of all that is not read
 
     def __enter__(self) -> Warm:
         return self
@@ -95,32 +97,77 @@ class Warm:
     ) -> subprocess.CompletedProcess[str]:
         """Run ``unet-surgery WORDS`` without input, as :func:`subprocess.run`; ``env`` is the whole environment."""
         env = {**GIVEN, **(self._env if env is None else env)}
-        command = [sys.executable, "-m", "unet_surgery", *words]
         if not self.can_run(env):
+            command = [sys.executable, "-m", "unet_surgery", *words]
             return subprocess.run(
                 command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
             )
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            job = {"words": list(words), "cwd": os.fspath(cwd or Path.cwd()), "env": env, "timeout": timeout}
-            code = self._ask(job, out.fileno(), err.fileno())
-            texts = [os.pread(f.fileno(), os.fstat(f.fileno()).st_size, 0).decode() for f in (out, err)]
-        if code == -signal.SIGALRM:
-            raise subprocess.TimeoutExpired(command, timeout, *texts)
-        return subprocess.CompletedProcess(command, code, *texts)
+        return self.start(words, cwd=cwd, env=env, timeout=timeout).ended()
+
+    def start(
+        self,
+        words: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 240,
+    ) -> Started:
+        """Start ``unet-surgery WORDS`` without input; the next one may be started when this one has ended."""
+        env = {**GIVEN, **(self._env if env is None else env)}
+        if not self.can_run(env):
+            raise ValueError("this environment asks for an interpreter of its own")
+        job = {"words": list(words), "cwd": os.fspath(cwd or Path.cwd()), "env": env, "timeout": timeout}
+        data = json.dumps(job).encode()
+        out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        socket.send_fds(self._socket, [len(data).to_bytes(4)], [out.fileno(), err.fileno()])
+        self._socket.sendall(data)
+        return Started(tuple(words), self.answer(), self, (out, err), timeout)
 
     def can_run(self, env: Mapping[str, str]) -> bool:
         """Tell whether a child of this process is as good as a new one in ``env``."""
         names = env.keys() | (self._env.keys() - GIVEN.keys())
         return {name for name in names if env.get(name) != self._env.get(name)} <= self._may_differ
 
-    def _ask(self, job: Mapping[str, object], *fds: int) -> int:
-        data = json.dumps(job).encode()
-        socket.send_fds(self._socket, [len(data).to_bytes(4)], fds)
-        self._socket.sendall(data)
+    def has_answer(self) -> bool:
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def answer(self) -> int:
+        """Return the next number that the process says: a child's pid, then its exit code."""
         answer = self._answers.readline()
         if not answer:
             raise RuntimeError(f"what runs the commands has ended: {self._process.wait()}; try its imports by hand")
         return int(answer)
+
+
+@dataclass
+class Started:
+    """A command that runs, as :class:`subprocess.Popen` has it."""
+
+    words: tuple[str, ...]
+    pid: int
+    _warm: Warm
+    _files: tuple[IO[bytes], IO[bytes]]
+    _timeout: float
+    _code: int | None = None
+
+    def is_over(self) -> bool:
+        if self._code is None and self._warm.has_answer():
+            self._code = self._warm.answer()
+        return self._code is not None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end, and return what :func:`subprocess.run` does."""
+        code = self._warm.answer() if self._code is None else self._code
+        texts = []
+        for file in self._files:
+            texts.append(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode())
+            file.close()
+        if code == -signal.SIGALRM:
+            raise subprocess.TimeoutExpired(self.words, self._timeout, *texts)
+        return subprocess.CompletedProcess(self.words, code, *texts)
 
 
 def run_tool(
@@ -130,6 +177,11 @@ def run_tool(
     env = os.environ if env is None else env
     warm = _with_everything()
     return (warm if warm.can_run(env) else _without_hub()).run(words, cwd=cwd, env=env, timeout=timeout)
+
+
+def start_tool(words: Sequence[str], *, env: Mapping[str, str]) -> Started:
+    """As :meth:`Warm.start`, in the process for all tests that has everything."""
+    return _with_everything().start(words, env=env)
 
 
 def of_the_session(env: Mapping[str, str]) -> None:
@@ -179,6 +231,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
             return job
         for fd in fds:
             os.close(fd)
+        connection.sendall(b"%d\n" % pid)
         connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
