@@ -34,8 +34,9 @@ from torch import nn
 from training_sizes import make_parts, make_unets, size_named
 
 from unet_surgery.checkpoint.bundled import bundled_folder
-from unet_surgery.evaluate import generate as generating
+from unet_surgery.evaluate import drawing
 from unet_surgery.evaluate.drawers import DTYPES, Drawer
+from unet_surgery.evaluate.generate import generate
 from unet_surgery.runtime.parts import Parts
 from unet_surgery.sample.draw import sample
 from unet_surgery.sample.schedulers import make_scheduler
@@ -81,10 +82,10 @@ def ours(drawer: Drawer, prompts: Path, steps: int, **options: Any) -> Draw:
     def draw(batch: int) -> Seconds:
         with (
             tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(generating, "load_drawer", return_value=drawer),
+            mock.patch.object(drawing, "load_drawer", return_value=drawer),
         ):
             begun = since((0, 0))
-            generating.generate(
+            generate(
                 "random",
                 prompts,
                 Path(folder) / "out",

@@ -245,6 +245,9 @@ def test_another_latent_size() -> None:
     shown, _ = tool("bench", "sd-v1-random", "--no-run", "--latent", "64x32")
     assert "64×32" in shown  # as it was written
     assert "latent, w×h" in shown
+    shown, _ = tool("bench", "sd-v2-random", "sd-v2-768-random", "--no-run")
+    (line,) = (line for line in shown.splitlines() if "sd-v2-768-random" in line)
+    assert line.count("%") == 1  # the parameters' share: the MACs of other latents are not compared
 
 
 def test_names_are_not_shared_and_are_no_paths(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from teachers import WEIGHTS, entries, write_unet
 from warm import run_tool
 
+from unet_surgery.cli import sink
+
 COMMANDS = [
     "inspect",
     "plan",
@@ -268,6 +270,20 @@ def test_text_from_inputs_is_escaped(tmp_path: Path) -> None:
 def test_numbers_are_not_coloured_when_piped() -> None:
     out, _ = tool("plan", "-r", "bk_tiny", "-t", "tiny-random")
     assert not re.search("\x1b", out)
+
+
+def test_a_log_is_told_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with sink.progress_bar("drawing", quiet=False, of_bytes=False) as bar:
+        bar(1, 2000)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sink, "SECONDS_A_LINE", 0.0)
+    for quiet, shown in ((False, "drawing: 1,000 of 2,000\n"), (True, "")):
+        with sink.progress_bar("drawing", quiet=quiet, of_bytes=False) as bar:
+            bar(1000, 2000)
+        assert capsys.readouterr().err == shown
+    with sink.progress_bar("getting the model", quiet=False) as bar:
+        bar(10**9, 3 * 10**9)
+    assert capsys.readouterr().err == "getting the model: 1,000 of 3,000 MB\n"
 
 
 # --- law 8: what a process loads ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -32,9 +33,16 @@ import unet_surgery
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.data.sources import open_source
-from unet_surgery.errors import DataError, OutputBusyError, OutputError, SurgeryError, UsageError
-from unet_surgery.evaluate import drawers, grids
-from unet_surgery.evaluate import generate as generating
+from unet_surgery.errors import (
+    DataError,
+    MissingExtraError,
+    OutputBusyError,
+    OutputError,
+    SurgeryError,
+    TeacherError,
+    UsageError,
+)
+from unet_surgery.evaluate import drawers, drawing, grids
 from unet_surgery.evaluate.generate import generate
 from unet_surgery.evaluate.request import GenerateRequest, plan_prompts, plan_protocol
 from unet_surgery.runtime.load import load_unet
@@ -60,7 +68,7 @@ def _quick(one_thread: None) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(Path(unet_surgery.__file__).parents[1]))
         load = functools.cache(drawers.load_drawer)
-        patch.setattr(generating, "load_drawer", load)
+        patch.setattr(drawing, "load_drawer", load)
         patch.setattr(grids, "load_drawer", load)
         yield
 
@@ -98,6 +106,47 @@ def pixels(path: Path) -> np.ndarray:
 def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+# --- what is told at once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"model": "tiny-rando"}, TeacherError, "did you mean 'tiny-random'"),
+        ({"base": "no such"}, TeacherError, "there is no teacher 'no such'"),
+        ({"teacher": "to"}, TeacherError, "there is no teacher 'to'"),
+        ({"scheduler": "ddmi"}, UsageError, "no scheduler"),
+        ({"prompts": "nothing.csv"}, DataError, "nothing.csv"),
+        ({"init": "nothing"}, DataError, "nothing"),
+        ({}, MissingExtraError, "unet-surgery doctor says why"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_the_networks_libraries_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, str], error: type[Exception], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "unet_surgery.evaluate.drawing", None)
+    asked: dict[str, Any] = {"model": "tiny-random", "prompts": "a circle", "out": tmp_path / "out", **changed}
+    with pytest.raises(error, match=message):
+        generate(**asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_tells_of_mistakes_needs_no_torch() -> None:
+    modules = "unet_surgery.evaluate.generate, unet_surgery.evaluate.metrics"
+    code = f"import sys; sys.modules['torch'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("size", "is_told"), [(32, False), (16, False), (64, False), (14, True), ((16, 66), True)])
+def test_a_size_far_from_the_models_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int | tuple[int, int], is_told: bool
+) -> None:
+    caplog.set_level(logging.WARNING, "unet_surgery")
+    generate("tiny-random", "a circle", tmp_path / "out", size=size, steps=1, device="cpu")
+    assert ("tiny-random was made for 32×32" in caplog.text) == is_told
 
 
 # --- what it holds --------------------------------------------------------------------------------------------------
@@ -517,7 +566,7 @@ def test_models_of_the_hub(
     tiny: Path, places: dict[str, Path], prompts: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNET_SURGERY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(generating, "load_drawer", drawers.load_drawer)
+    monkeypatch.setattr(drawing, "load_drawer", drawers.load_drawer)
     hub = HubStandIn()
     hub.add("org/tiny", tiny)
     with hub.serve() as endpoint, client_in_process(endpoint, tmp_path / "hf"):

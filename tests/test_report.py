@@ -435,6 +435,16 @@ def test_what_was_not_recorded_is_not_taken_for_the_same(tmp_path: Path, made: M
     assert "not recorded" in text
 
 
+def test_what_was_only_counted_has_no_empty_columns(tmp_path: Path, made: Make) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(us.bench(["sd-v1-random", "sd-v2-random"], run=False).to_json()))
+    text, read = made(path)
+    assert headings(text) == ["Parameters and MACs"]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", text)[:3] == ["network", "parameters", "MACs, all"]
+    assert "859,520,964" in read.words
+    assert "ms" not in read.words.split()
+
+
 def test_quality_against_time_joins_by_name_then_by_size(tmp_path: Path, made: Make) -> None:
     scored = [
         scores(tmp_path / f"{name}.json", coco(name, size), {"kid": value})
@@ -471,7 +481,14 @@ def test_other_prompts_make_another_grid_and_other_settings_are_said(tmp_path: P
     other = draw(tmp_path / "ccc", captions=["x", "y"])
     assert headings(made(first, second)[0]) == ["Pictures"]
     assert "Not drawn as a: bb (steps 25 → 8)." in made(first, second)[0]
-    assert headings(made(first, other)[0]) == ["Pictures 1", "Pictures 2"]
+    assert headings(made(first, other)[0]) == ["Pictures 1: a", "Pictures 2: ccc"]
+
+
+def test_pictures_beside_no_others_fill_the_line(tmp_path: Path, made: Make) -> None:
+    text, read = made(draw(tmp_path / "alone"))
+    assert len(shown(text)) == text.count("<figcaption") == 3
+    assert 'class="grid"' not in text
+    assert "alone" in read.words
 
 
 def test_equal_folder_names_stay_two_columns(tmp_path: Path, made: Make) -> None:

@@ -21,8 +21,16 @@ from unet_surgery.errors import MissingExtraError, UsageError
 from unet_surgery.runtime.load import load_unet
 from unet_surgery.runtime.parts import Parts, encode_prompts, load_parts
 from unet_surgery.sample.draw import Sampling, check_unet, draw_batch, sample
-from unet_surgery.sample.schedulers import NOISY, SAMPLERS, SCHEDULERS, draws_noise, make_scheduler
-from unet_surgery.sample.start import Source, generators, one_stream, strength_steps
+from unet_surgery.sample.schedulers import (
+    NOISY,
+    OWN_NOISE,
+    SAMPLERS,
+    SCHEDULERS,
+    draws_noise,
+    make_scheduler,
+    strength_steps,
+)
+from unet_surgery.sample.start import Source, generators, one_stream
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -121,6 +129,9 @@ def test_which_samplers_there_are(parts: Parts) -> None:
         "Nothing",
     ):
         with pytest.raises(UsageError, match="no scheduler"):
+            make_scheduler(parts.scheduler_config, name)
+    for name in OWN_NOISE:
+        with pytest.raises(UsageError, match="noise of its own"):
             make_scheduler(parts.scheduler_config, name)
     with pytest.raises(UsageError, match="did you mean HeunDiscreteScheduler"):
         make_scheduler(parts.scheduler_config, "HeunDiscrete")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from unet_surgery.app.studio import Studio
 
 __all__ = ["Demo", "demo"]
+
+log = logging.getLogger(__name__)
 
 BUILDING = threading.Lock()
 """Held while gradio's environment variables are this package's: they are the whole process's."""
@@ -74,6 +77,7 @@ def demo(
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(bound(port))  # in this order: libraries take seconds, models longer
         make_page, serve = _gradio()
+        log.info("loading the models …")
         studio = _studio(str(model), teacher, base, device, dtype)
         folder = os.path.realpath(stack.enter_context(_own_folder()))
         with _settings(folder):

@@ -140,7 +140,7 @@ def _sizes(report: BenchReport) -> Table:
             share(row.parameters, first.parameters),
             _giga(row.macs_conv_linear),
             _giga(row.macs_all),
-            share(row.macs_all, first.macs_all),
+            share(row.macs_all, first.macs_all) if row.latent == first.latent else NOTHING,
             _wide(row),
             ", ".join(model.name for model in models_of_size(row.parameters)) or NOTHING,
         )

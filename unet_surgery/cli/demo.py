@@ -51,8 +51,6 @@ def demo(
     """
     run = _serving()
     hub_talk(quiet)
-    if not quiet:
-        say("loading the models …")
     with run(model, teacher=teacher, base=base, port=port, device=device, dtype=dtype) as served:
         if as_json:
             told = {"model": served.model, "teacher": served.teacher, "no_teacher": served.no_teacher}

@@ -111,7 +111,7 @@ def generate(
 
     For many processes: accelerate launch -m unet_surgery generate …
 
-    Example: unet-surgery generate tiny-random --prompts "a red circle" --out ./pictures --steps 4
+    Example: unet-surgery generate toy -p "a large red circle at the left on a white background" --out ./pictures
     """
     if out is None:
         raise UsageError("--out is needed", hint="unet-surgery generate --help")
@@ -171,9 +171,9 @@ def generate(
 def _drawing() -> Callable[..., GenerateResult]:
     try:
         from unet_surgery.evaluate.generate import generate as run
-    except (ImportError, RuntimeError, OSError) as error:  # diffusers wraps what its imports raise
+    except ImportError as error:
         raise MissingExtraError(
-            "torch, diffusers, transformers and pillow are needed for this, and do not import",
+            "numpy and pillow are needed for this, and do not import",
             found=printable(str(error).replace("\n", " ")),
             hint="unet-surgery doctor says why; where they are missing: pip install 'unet-surgery[train]'",
         ) from error

@@ -72,7 +72,10 @@ def score(
 
     from unet_surgery.checkpoint.scorecard import add_scores, check_card, check_drawn_by
     from unet_surgery.checkpoint.target import check_new_file, write_target
+    from unet_surgery.evaluate.metrics import chosen_metrics
 
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    chosen_metrics(names, reference=reference, reference_resolution=reference_resolution)  # before torch is imported
     if out is not None:
         check_new_file(out, force=force)
     if card is not None:
@@ -86,7 +89,7 @@ def score(
     with progress_bar("scoring", quiet, of_bytes=False) as progress:
         report = run(
             images,
-            [name.strip() for name in metrics.split(",") if name.strip()],
+            names,
             reference=reference,
             reference_resolution=reference_resolution,
             inception=inception,

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 PLAIN_WIDTH = 120
+SECONDS_A_LINE = 30.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -179,11 +181,11 @@ def _harmless(text: str) -> str:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool, *, of_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback for bytes (or samples, steps …) done and in all, drawn on stderr when it is a terminal."""
+    """Yield a callback for bytes (or samples, steps …) done and in all: a bar on a terminal's stderr, else lines."""
     logging.getLogger("unet_surgery").setLevel(logging.WARNING if quiet else logging.INFO)
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield lambda _done, _total: None
+        yield (lambda _done, _total: None) if quiet else _Lines(label, of_bytes=of_bytes).update
         return
     from rich.progress import (
         BarColumn,
@@ -204,6 +206,22 @@ def progress_bar(label: str, quiet: bool, *, of_bytes: bool = True) -> Iterator[
             bar.update(task, completed=done, total=total)
 
         yield update
+
+
+class _Lines:
+    """What a bar says, for a log: one line in SECONDS_A_LINE at most, and none of what takes less."""
+
+    def __init__(self, label: str, *, of_bytes: bool) -> None:
+        self._label, self._of_bytes = label, of_bytes
+        self._last = time.monotonic()
+
+    def update(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_A_LINE:
+            return
+        self._last = now
+        amounts = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if self._of_bytes else f"{done:,} of {total:,}"
+        say(f"{self._label}: {amounts}")
 
 
 class TwoBars(ExitStack):

@@ -5,7 +5,6 @@ Whatever can be known to be wrong with the teacher, or where the grids go, is sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,33 +15,17 @@ from PIL import Image
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.errors import OutputError, UsageError
+from unet_surgery.errors import OutputError
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
 from unet_surgery.evaluate.job import Job, noise_of_blocks
-from unet_surgery.evaluate.request import GenerateRequest
+from unet_surgery.evaluate.request import GenerateRequest, grids_folder
 from unet_surgery.sample.draw import check_unet
 from unet_surgery.sample.generated import GeneratedFolder
 from unet_surgery.sample.grid import grid
 
-__all__ = ["check_grids", "check_teacher", "draw_grids"]
+__all__ = ["check_teacher", "draw_grids"]
 
 ROWS_A_GRID = 8
-
-
-def check_grids(request: GenerateRequest) -> None:
-    """Check that grids can be written, if there are to be any.
-
-    Raises:
-        OutputError: a file is where their folder goes.
-        UsageError: other pictures go there.
-    """
-    where = _folder(request)
-    if request.teacher is None:
-        return
-    if os.path.lexists(where) and not where.is_dir():
-        raise OutputError("the grids' folder is a file", where=str(where), hint="choose another --out")
-    if request.full_size is not None and (request.full_size == where or where in request.full_size.parents):
-        raise UsageError("the grids and the pictures as drawn would share a folder", where=str(where))
 
 
 def check_teacher(request: GenerateRequest, dtype: torch.dtype, fetching: Progress | None) -> None:
@@ -60,7 +43,7 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
     request = job.request
     if request.teacher is None:
         return []
-    where = _folder(request)
+    where = grids_folder(request)
     teacher = _load(request, request.teacher, job.device, next(drawer.unet.parameters()).dtype)
     how = job.sampling(teacher)
     count = min(request.grids, len(job.prompts.texts))
@@ -85,10 +68,6 @@ def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:
         _make(path, lambda path=path, data=data: disk.replace_file(path, data, force=True))  # type: ignore[misc]
         paths.append(path)
     return paths
-
-
-def _folder(request: GenerateRequest) -> Path:
-    return request.out.with_name(f"{request.out.name}-grids")
 
 
 def _load(

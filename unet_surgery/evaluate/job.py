@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from unet_surgery.data.given import GivenPictures
 from unet_surgery.data.prompts import PromptSet
-from unet_surgery.errors import UsageError
+from unet_surgery.errors import UsageError, printable
 from unet_surgery.evaluate.drawers import DTYPES, Drawer
 from unet_surgery.evaluate.request import GenerateRequest, Protocol
 from unet_surgery.runtime.parts import encode_prompts, pixels_per_latent
@@ -100,6 +100,17 @@ class Job:
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
+
+    def far_from_own_size(self, drawer: Drawer) -> str | None:
+        """Return in words that pictures are less than half, or more than twice, as large as the U-Net's own."""
+        if drawer.unet.config.sample_size is None:
+            return None
+        factor = pixels_per_latent(drawer.parts.vae)
+        own_height, own_width = (factor * side for side in latent_sides(drawer.unet.config, drawer.parts.vae, None))
+        width, height = self.drawn_size
+        if all(own / 2 <= side <= 2 * own for own, side in ((own_width, width), (own_height, height))):
+            return None
+        return f"pictures are drawn at {width}×{height}, and {printable(drawer.name)} was made for {own_width}×{own_height}"
 
     def blocks(self) -> list[list[int]]:
         count, batch = len(self.prompts.texts), self.request.batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from unet_surgery.checkpoint.scorecard import SCORES_FORMAT
@@ -130,11 +131,13 @@ class ScoreReport:
         }
 
 
-def chosen_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
+def chosen_metrics(
+    names: Sequence[str], *, reference: str | Path | None = None, reference_resolution: int | None = None
+) -> tuple[Metric, ...]:
     """Return the metrics of these names, each once, in the order given.
 
     Raises:
-        UsageError: there is none, or no such metric; offers the nearest name.
+        UsageError: there is none, or no such metric (offers the nearest name); or one lacks the reference it needs.
     """
     chosen: dict[str, Metric] = {}
     for name in names:
@@ -148,4 +151,24 @@ def chosen_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
         chosen[name] = METRICS[name]
     if not chosen:
         raise UsageError("no metrics were named", expected=", ".join(METRICS))
+    _check_reference(tuple(chosen.values()), reference, reference_resolution)
     return tuple(chosen.values())
+
+
+def _check_reference(chosen: Sequence[Metric], reference: str | Path | None, resolution: int | None) -> None:
+    needy = [metric for metric in chosen if metric.reference != "none"]
+    if needy and reference is None:
+        raise UsageError(
+            f"{needy[0].name} compares with a reference, and there is none",
+            expected="--reference STATS.npz or FOLDER",
+            hint="unet-surgery stats makes statistics; or leave the metric out",
+        )
+    if resolution is not None and resolution < 1:
+        raise UsageError("--reference-resolution is a side in pixels", found=str(resolution))
+    of_pictures = [metric.name for metric in chosen if metric.reference == "pictures"]
+    if of_pictures and reference is not None and not Path(reference).is_dir():
+        raise UsageError(
+            f"{of_pictures[0]} compares with pictures, not with their statistics",
+            expected="--reference FOLDER",
+            found=printable(str(reference)),
+        )

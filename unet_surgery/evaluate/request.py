@@ -1,20 +1,28 @@
-"""What a generation is asked for: arguments, a preset's defaults and general ones become one plan, before any work."""
+"""What a generation is asked for, and what comes of it: arguments and a preset's defaults become one plan."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from unet_surgery.data.prompts import PromptSet, read_prompts
-from unet_surgery.errors import DataError, UsageError, printable
+from unet_surgery.errors import DataError, OutputError, UsageError, printable
 from unet_surgery.sample.keep import Keeping
 from unet_surgery.sample.presets import find_preset
-from unet_surgery.sample.schedulers import check_scheduler_name
-from unet_surgery.sample.start import strength_steps
+from unet_surgery.sample.schedulers import check_scheduler_name, strength_steps
 
-__all__ = ["GenerateRequest", "Protocol", "plan_prompts", "plan_protocol"]
+__all__ = [
+    "GenerateRequest",
+    "GenerateResult",
+    "Protocol",
+    "check_grids",
+    "grids_folder",
+    "plan_prompts",
+    "plan_protocol",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +64,23 @@ class GenerateRequest:
     compiled: bool = False
     channels_last: bool = False
     part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """A generated folder: ``finished`` says whether all parts of it are there.
+
+    ``num_there`` of ``num_pictures`` are; ``num_drawn`` of them were drawn by this call, in ``seconds``. ``grids`` are
+    the files that show them beside the teacher's.
+    """
+
+    folder: Path
+    finished: bool
+    num_pictures: int
+    num_there: int
+    num_drawn: int
+    seconds: float
+    grids: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +155,27 @@ def plan_prompts(request: GenerateRequest) -> PromptSet:
             hint="for the first N of a set: --limit N; for prompts of your own: the same options without --preset",
         )
     return found
+
+
+def check_grids(request: GenerateRequest) -> None:
+    """Check that grids can be written, if there are to be any.
+
+    Raises:
+        OutputError: a file is where their folder goes.
+        UsageError: other pictures go there.
+    """
+    where = grids_folder(request)
+    if request.teacher is None:
+        return
+    if os.path.lexists(where) and not where.is_dir():
+        raise OutputError("the grids' folder is a file", where=str(where), hint="choose another --out")
+    if request.full_size is not None and (request.full_size == where or where in request.full_size.parents):
+        raise UsageError("the grids and the pictures as drawn would share a folder", where=str(where))
+
+
+def grids_folder(request: GenerateRequest) -> Path:
+    """Return where the pictures beside the teacher's go."""
+    return request.out.with_name(f"{request.out.name}-grids")
 
 
 def _check_numbers(request: GenerateRequest) -> None:

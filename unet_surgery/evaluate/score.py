@@ -89,8 +89,7 @@ def score(
         TeacherError, HubError: weights are missing, damaged or not those that they should be.
         MissingExtraError: a caption needs ftfy, and it is not installed.
     """
-    chosen = chosen_metrics(metrics)
-    _check_arguments(chosen, reference, reference_resolution)
+    chosen = chosen_metrics(metrics, reference=reference, reference_resolution=reference_resolution)
     generation = _generation(Path(images))  # first: of a folder that is not finished it says so
     pictures = survey(Path(images), decoders=decoders)
     _check_told(generation, pictures)
@@ -116,25 +115,6 @@ def score(
         refused,
         tuple(_warnings(job)),
     )
-
-
-def _check_arguments(chosen: Sequence[Metric], reference: str | Path | None, resolution: int | None) -> None:
-    needy = [metric for metric in chosen if metric.reference != "none"]
-    if needy and reference is None:
-        raise UsageError(
-            f"{needy[0].name} compares with a reference, and there is none",
-            expected="--reference STATS.npz or FOLDER",
-            hint="unet-surgery stats makes statistics; or leave the metric out",
-        )
-    if resolution is not None and resolution < 1:
-        raise UsageError("--reference-resolution is a side in pixels", found=str(resolution))
-    of_pictures = [metric.name for metric in chosen if metric.reference == "pictures"]
-    if of_pictures and reference is not None and not Path(reference).is_dir():
-        raise UsageError(
-            f"{of_pictures[0]} compares with pictures, not with their statistics",
-            expected="--reference FOLDER",
-            found=printable(str(reference)),
-        )
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

@@ -34,7 +34,9 @@ def check_toy(pictures: PictureFolder, captions: Sequence[str]) -> None:
         raise DataError(
             f"{len(wrong)} of {len(captions)} captions are not of the toy world",
             where=str(pictures.folder),
+            expected="sentences such as: a small red circle at the left on a white background",
             found=first_few(wrong),
+            hint="docs/evaluate.md has the grammar",
         )
 
 

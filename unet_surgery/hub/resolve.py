@@ -20,7 +20,7 @@ from unet_surgery.hub.names import corrected
 from unet_surgery.hub.remote import RemoteWeights
 from unet_surgery.hub.teacher import HubTeacher, find_hub_teacher
 
-__all__ = ["ResolvedTeacher", "Transfer", "fetch_teacher", "resolve_teacher"]
+__all__ = ["ResolvedTeacher", "Transfer", "check_teacher_name", "fetch_teacher", "resolve_teacher"]
 
 
 log = logging.getLogger(__name__)
@@ -103,9 +103,24 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         cached = cache_folder() / text
         is_made = cached.is_dir() and not is_shipped(text)
         return ResolvedTeacher(cached if is_made else bundled_folder(text), text, text, variant)
+    match = _hub_form(text)
+    return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
+
+
+def check_teacher_name(text: str) -> None:
+    """Check that ``text`` may be a teacher, as far as can be told without the Hub: at once, before anything is loaded.
+
+    Raises:
+        TeacherError: it is no path, no built-in name and has not the Hub's form; offers the nearest name or form.
+    """
+    if not Path(os.path.expanduser(text)).exists() and text not in bundled_names():
+        _hub_form(text)
+
+
+def _hub_form(text: str) -> re.Match[str]:
     match = _HUB_TEACHER.fullmatch(text)
     if match is not None and not _SITE.match(text):
-        return _on_the_hub(match["id"], match["inside"].strip("/"), match["revision"], variant)
+        return match
     raise TeacherError(
         f"there is no teacher {printable(text)!r}",
         expected="a folder or a single file, a Hub id org/name[/folder or /file][@revision], or one of "

@@ -255,20 +255,34 @@ def _pictures(section: Pictures) -> list[str]:
     for title, count in counts + [(title, len(rows)) for title, rows in marks.items()]:
         if count != len(section.prompts):
             raise ValueError(f"column {title!r} has {count} rows, and there are {len(section.prompts)} prompts")
+    if len(section.columns) == 1 and not marks:
+        return _gallery(*section.columns.items(), prompts=section.prompts)
     parts = [f'<div class="grid" style="--columns:{len(section.columns)}">', '<div class="prompt head"></div>']
     parts += [f'<div class="head">{markup(title)}</div>' for title in section.columns]
     for row, prompt in enumerate(section.prompts):
         parts.append(f'<div class="prompt">{markup(prompt) or "(no words)"}</div>')
         for title, pictures in section.columns.items():
             mark = _mark(marks[title][row]) if title in marks else ""
-            words = markup(f"{title}: {prompt}")
-            file = _encoded(pictures[row])
-            data = base64.b64encode(file.data).decode("ascii")
-            sides = f'width="{file.width}" height="{file.height}"' + (' class="smooth"' if file.smooth else "")
-            parts.append(
-                f'<div class="cell"><img alt="{words}" {sides} src="data:image/{file.kind};base64,{data}">{mark}</div>'
-            )
+            parts.append(f'<div class="cell">{_image(pictures[row], f"{title}: {prompt}")}{mark}</div>')
     return [_scrolling([*parts, "</div>"], section.heading)]
+
+
+def _gallery(column: tuple[str, Sequence[Encoded] | NDArray[np.uint8]], *, prompts: Sequence[str]) -> list[str]:
+    """Return pictures that stand beside no others, each over its prompt, as many in a line as there is room for."""
+    title, pictures = column
+    cells = [
+        f'<figure class="cell">{_image(picture, f"{title}: {prompt}")}'
+        f'<figcaption class="prompt">{markup(prompt) or "(no words)"}</figcaption></figure>'
+        for picture, prompt in zip(pictures, prompts, strict=True)
+    ]
+    return [f'<p class="head">{markup(title)}</p>', '<div class="gallery">', *cells, "</div>"]
+
+
+def _image(picture: NDArray[np.uint8] | Encoded, words: str) -> str:
+    file = _encoded(picture)
+    data = base64.b64encode(file.data).decode("ascii")
+    sides = f'width="{file.width}" height="{file.height}"' + (' class="smooth"' if file.smooth else "")
+    return f'<img alt="{markup(words)}" {sides} src="data:image/{file.kind};base64,{data}">'
 
 
 def _encoded(picture: NDArray[np.uint8] | Encoded) -> Encoded:

@@ -56,6 +56,9 @@ tbody th { font-weight: 500; }
 .cell .mark { font-size: .8rem; }
 .right { color: var(--right); }
 .wrong { color: var(--wrong); }
+.gallery { display: grid; gap: 1rem .8rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+.gallery .cell { margin: 0; }
+.gallery .prompt { margin-top: .3rem; font-size: .85rem; text-align: left; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: 0; margin: 0 0 .5rem;
   font-size: .9rem; }
 .key { width: 28px; height: 8px; margin-right: .5rem; vertical-align: middle; }

@@ -63,7 +63,7 @@ def picture_sections(
     side, encoded = fitted
     sections = [
         Pictures(
-            heading if len(grids) == 1 else f"{heading} {number}",
+            heading if len(grids) == 1 else f"{heading} {number}: {', '.join(grid.titles)}",
             dict(zip(grid.titles, columns, strict=True)),
             grid.prompts,
             note=_note(grid, side),

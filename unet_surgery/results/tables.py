@@ -225,6 +225,9 @@ def machine_words(bench: Bench) -> str:
     return ", ".join([*parts, *([f"torch {machine.torch}"] if machine.torch else [])])
 
 
+COUNTS = "Parameters and MACs"
+
+
 def bench_sections(benches: Sequence[Bench], *, heading: str) -> list[Table | Bars]:
     """Return for each machine and setting the times of its models, as bars and as a table."""
     sections: list[Table | Bars] = []
@@ -235,7 +238,7 @@ def bench_sections(benches: Sequence[Bench], *, heading: str) -> list[Table | Ba
             caption = f"{machine_words(bench)}; {setting}"
             timed = [row for row in rows if row.unet_ms is not None]
             sections += [_times(timed, heading, caption)] if timed else []
-            sections.append(_bench_table(rows, heading, "" if timed else caption))
+            sections.append(_bench_table(rows, heading if timed else COUNTS, "" if timed else caption))
     return sections
 
 
@@ -249,24 +252,23 @@ def _times(rows: Sequence[BenchRow], heading: str, caption: str) -> Bars:
 
 
 def _bench_table(rows: Sequence[BenchRow], heading: str, caption: str) -> Table:
+    """Return what is known of each row; a column that nothing was measured for is left out."""
     cells = [
-        (
-            row.model,
-            f"{row.parameters:,}",
-            NOTHING if row.macs_all is None else _amount(row.macs_all),
-            _forward(row),
-            _median(row.picture_s),
-            NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}\u00a0MB",
-            _ratio(row),
-        )
+        {
+            "network": row.model,
+            "parameters": f"{row.parameters:,}",
+            "MACs, all": NOTHING if row.macs_all is None else _amount(row.macs_all),
+            "a forward, ms": _forward(row),
+            "a picture, s": _median(row.picture_s),
+            "peak memory": NOTHING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}\u00a0MB",
+            "ratio to the first": _ratio(row),
+        }
         for row in rows
     ]
-    columns = (
-        "network", "parameters", "MACs, all", "a forward, ms", "a picture, s", "peak memory", "ratio to the first",
-    )  # fmt: skip
+    columns = [name for name in cells[0] if any(cell[name] != NOTHING for cell in cells)]
     doubtful = any(row.ratio_is_clear is False for row in rows)
     note = "A ratio with a question mark is lost in the noise of its measurement." if doubtful else ""
-    return Table(heading, columns, cells, note=note, caption=caption)
+    return Table(heading, columns, [[cell[name] for name in columns] for cell in cells], note=note, caption=caption)
 
 
 def _forward(row: BenchRow) -> str:

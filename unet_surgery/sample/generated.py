@@ -24,7 +24,7 @@ from typing import Any
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.jsonfile import read_object
 from unet_surgery.checkpoint.target import check_apart
-from unet_surgery.errors import DataError, OutputBusyError, OutputError, SurgeryError, printable
+from unet_surgery.errors import DataError, OutputBusyError, OutputError, SurgeryError, brief, printable
 from unet_surgery.sample.keep import is_whole_png, picture_name
 from unet_surgery.version import __version__
 
@@ -224,8 +224,7 @@ class GeneratedFolder:
         changes = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
         if changes:
             shown = "; ".join(
-                f"{key}: {printable(before)} → {printable(now)}"
-                for key, (before, now) in list(changes.items())[:MAX_SHOWN]
+                f"{key}: {brief(before)} → {brief(now)}" for key, (before, now) in list(changes.items())[:MAX_SHOWN]
             )
             raise OutputError(
                 f"the pictures in this folder were begun with other settings ({len(changes)} differ)",

@@ -9,7 +9,15 @@ from typing import Any
 
 from unet_surgery.errors import MissingExtraError, UsageError, printable
 
-__all__ = ["SAMPLERS", "SCHEDULERS", "SchedulerKind", "check_scheduler_name", "draws_noise", "make_scheduler"]
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
+    "SchedulerKind",
+    "check_scheduler_name",
+    "draws_noise",
+    "make_scheduler",
+    "strength_steps",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,11 @@ SAMPLERS = (
 )
 """diffusers' classes that denoise latents of such U-Nets, all of whose noise comes from generators that they are given.
 
-The others are of flows, tokens or other conditionings; those of torchsde draw noise of their own, batch by batch.
+The others are of flows, tokens or other conditionings, or of :data:`OWN_NOISE`.
 """
+
+OWN_NOISE = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
+"""Those whose noise is torchsde's, drawn batch by batch."""
 
 NOISY = (
     "DDPMParallelScheduler",
@@ -79,16 +90,35 @@ def check_scheduler_name(name: str) -> None:
     """Check that ``name`` is a key of :data:`SCHEDULERS` or one of :data:`SAMPLERS`; needs no library.
 
     Raises:
-        UsageError: it is neither; offers the nearest.
+        UsageError: it is neither (offers the nearest), or one of :data:`OWN_NOISE`.
     """
     if name in SCHEDULERS or name in SAMPLERS:
         return
+    if name in OWN_NOISE:
+        raise UsageError(
+            f"{name} draws noise of its own, a batch at a time: a picture would depend on those drawn beside it",
+            hint="dpmsolver++ is its solver without that noise",
+        )
     close = difflib.get_close_matches(name, (*SCHEDULERS, *SAMPLERS), n=1)
     raise UsageError(
         f"there is no scheduler {printable(name)}",
         expected=f"{', '.join(SCHEDULERS)}, or a class of diffusers that denoises latents, such as {SAMPLERS[4]}",
         hint=f"did you mean {close[0]}?" if close else None,
     )
+
+
+def strength_steps(steps: int, strength: float) -> int:
+    """Return how many of ``steps`` are taken from a picture, as diffusers counts: the whole part of steps · strength.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not 0 <= strength <= 1:
+        raise UsageError("strength is a share of the steps", expected="0 … 1", found=str(strength))
+    taken = min(int(steps * strength), steps)
+    if taken < 1:
+        raise UsageError("no step is left", expected="steps × strength of 1 or more", found=f"{steps} × {strength:g}")
+    return taken
 
 
 def make_scheduler(config: Mapping[str, Any], name: str | None) -> Any:

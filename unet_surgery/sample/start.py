@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unet_surgery.errors import UsageError
+from unet_surgery.sample.schedulers import strength_steps
 
-__all__ = ["Source", "Start", "generators", "one_stream", "start_from", "start_noise", "strength_steps"]
+__all__ = ["Source", "Start", "generators", "one_stream", "start_from", "start_noise"]
 
 NUM_SEEDS = 1 << 32  # torch's CPU generator looks at 32 bits of its seed
 
@@ -70,20 +70,6 @@ def one_stream(
     batch's size. Callers that leave a batch to others draw its noise and drop it.
     """
     return torch.randn((count, *shape_CHW), generator=stream, device=stream.device, dtype=dtype)
-
-
-def strength_steps(steps: int, strength: float) -> int:
-    """Return how many of ``steps`` are taken from a picture, as diffusers counts: the whole part of steps · strength.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not 0 <= strength <= 1:
-        raise UsageError("strength is a share of the steps", expected="0 … 1", found=str(strength))
-    taken = min(int(steps * strength), steps)
-    if taken < 1:
-        raise UsageError("no step is left", expected="steps × strength of 1 or more", found=f"{steps} × {strength:g}")
-    return taken
 
 
 def start_from(
