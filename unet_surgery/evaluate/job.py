@@ -110,7 +110,8 @@ class Job:
         width, height = self.drawn_size
         if all(own / 2 <= side <= 2 * own for own, side in ((own_width, width), (own_height, height))):
             return None
-        return f"pictures are drawn at {width}×{height}, and {printable(drawer.name)} was made for {own_width}×{own_height}"
+        name = printable(drawer.name)
+        return f"pictures are drawn at {width}×{height}, and {name} was made for {own_width}×{own_height}"
 
     def blocks(self) -> list[list[int]]:
         count, batch = len(self.prompts.texts), self.request.batch
