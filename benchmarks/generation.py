@@ -69,7 +69,8 @@ def make_drawer(size: str, recipe: str | None, device: torch.device, dtype: torc
     student, teacher = make_unets(sizes, device)
     unet = (student if recipe else teacher).eval().requires_grad_(False)
     parts = make_parts(sizes, device, dtype=dtype, vae_dtype=dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(str(bundled_folder("tiny-random") / "tokenizer"))
+    words = bundled_folder("toy" if size == "toy" else "tiny-random") / "tokenizer"  # of 24 tokens, or of 77
+    tokenizer = CLIPTokenizer.from_pretrained(str(words))
     parts = Parts(tokenizer, parts.text_encoder, parts.vae, {"_class_name": "PNDMScheduler", **sizes.noise}, Path())
     return Drawer(
         size, nn.Module.to(unet, dtype=dtype), parts, {"model": {"name": size, "sha256": "", "parameters": 0}}
@@ -86,7 +87,7 @@ def ours(drawer: Drawer, prompts: Path, steps: int, **options: Any) -> Draw:
         ):
             begun = since((0, 0))
             generate(
-                "random",
+                "tiny-random",
                 prompts,
                 Path(folder) / "out",
                 batch=batch,

@@ -3,7 +3,7 @@
     python benchmarks/training.py --size tiny --device cpu
     python benchmarks/training.py --size sd1 --device cuda --suite h200 --json rows.jsonl
 
-Both compute the same losses and gradients (tests/test_training_benchmark.py). On a CPU runs alternate, each in a
+Both compute the same losses and gradients (tests/test_benchmarks.py). On a CPU runs alternate, each in a
 process of its own; on CUDA rows follow each other in one process, each printed as it is done, the most telling first,
 and one that runs out of memory is passed over. Times are of whole optimizer steps after a warm-up, medians; MFU counts
 what the model needs (teacher forward, student forward and backward), not what a loop does beside that.

@@ -1,4 +1,4 @@
-"""The training benchmark compares two loops that compute the same thing, and ours asks the device for nothing."""
+"""The benchmarks: what they compare is the same work, and what they print is what was measured."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from training import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import generation
 from gradients import agreement
 from our_loop import Choices, OurLoop
 from plain_loop import Drawn, PlainLoop
@@ -227,3 +228,19 @@ def test_sd1_is_the_full_size() -> None:
     assert size.latent_shape == (4, 64, 64)
     assert size.pixel_side == 512
     assert size.flops == pytest.approx(2.372e12, rel=1e-3)
+
+
+def test_generate_is_timed_beside_the_plain_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Both draw every picture: the rows are there, with the ratio to the first."""
+    rows = tmp_path / "rows.jsonl"
+    generation.compare(
+        SimpleNamespace(
+            size="toy", recipe=None, device="cpu", dtype="fp32", batches=[2], steps=1, pictures=3, rounds=1,
+            channels_last=True, compile=False, json=rows,
+        )
+    )  # fmt: skip
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["row"] for row in found] == ["plain loop", "generate", "generate, channels last"]
+    assert found[0]["ratio"] == 1
+    assert all(row["pictures_a_second"] > 0 for row in found)
+    assert capsys.readouterr().out.count("pictures/s") == 3
