@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from demo_places import PROMPT
 from hub_server import HubStandIn, client_in_process
+from safetensors.torch import load_file, save_file
 
 import unet_surgery as us
 from unet_surgery.app.memory import most_bytes, weight_bytes
@@ -44,6 +46,23 @@ def studio(models: Models) -> Studio:
     return Studio(models)
 
 
+def test_all_is_drawn_in_one_thread(models: Models) -> None:
+    """Each thread that computes has a team of OpenMP's, and where they are more than the cores all are slow."""
+    studio, seen = Studio(models), set()
+    handle = models.student.unet.register_forward_hook(lambda *_: seen.add(get_ident()))
+    try:
+        asking = [Thread(target=lambda: list(studio.draw(WISH))) for _ in range(3)]
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+    finally:
+        handle.remove()
+    assert len(seen) == 1
+    assert not seen & {get_ident(), *(thread.ident for thread in asking)}
+    studio.close()
+
+
 # Who draws
 
 
@@ -51,6 +70,23 @@ def test_the_teacher_is_the_one_that_the_plan_names(models: Models) -> None:
     assert models.teacher is not None
     assert (models.teacher.name, models.student.name) == ("toy", "small-toy")
     assert [d.identity["model"]["parameters"] for d in models.drawers] == [8_605_284, 3_237_444]
+
+
+def test_parts_that_are_equal_are_in_memory_once(models: Models, student: Path, tmp_path: Path) -> None:
+    ours, theirs = models.student.parts, models.teacher.parts  # type: ignore[union-attr]
+    assert ours.vae is theirs.vae
+    assert ours.text_encoder is theirs.text_encoder
+    folder = shutil.copytree(student, tmp_path / "other")
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, weights)
+    other = load_models(str(folder), None, None, device=CPU, dtype=torch.float32)
+    assert other.teacher is not None
+    assert other.student.parts.vae is not other.teacher.parts.vae
+    assert other.student.parts.text_encoder is not other.teacher.parts.text_encoder
 
 
 def test_without_a_teacher_that_can_be_found_the_student_draws_alone(student: Path, tmp_path: Path) -> None:

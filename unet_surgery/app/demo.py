@@ -44,6 +44,7 @@ class Demo:
         """Give up what is being drawn, stop serving, and remove the pictures that were shown."""
         self._studio.stop()
         self._server.close()
+        self._studio.close()
         self._cleanup.close()
 
     def __enter__(self) -> Demo:
@@ -78,9 +79,9 @@ def demo(
         listening = stack.enter_context(bound(port))  # in this order: libraries take seconds, models longer
         make_page, serve = _gradio()
         log.info("loading the models …")
-        studio = _studio(str(model), teacher, base, device, dtype)
         folder = os.path.realpath(stack.enter_context(_own_folder()))
-        with _settings(folder):
+        with _one_thread(), _settings(folder):
+            studio = _studio(str(model), teacher, base, device, dtype)
             server = serve(make_page(studio), listening, folder)
         return Demo(studio, server, stack.pop_all())
 
@@ -95,6 +96,19 @@ def _studio(model: str, teacher: str | Path | None, base: str | Path | None, dev
     kind = choose_dtype(dtype, place)
     names = [None if name is None else str(name) for name in (teacher, base)]
     return Studio(load_models(model, *names, device=place, dtype=kind))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute without a team of threads: what keeps none here does not hinder the thread that draws."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _own_folder() -> tempfile.TemporaryDirectory[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -70,7 +71,31 @@ def load_models(
             raise
         log.warning("the teacher that plan.json names, %s, cannot be used: %s", named, error)
         return Models(student, None, f"{named} cannot be used: {error.what}")
-    return Models(student, drawer)
+    return Models(student, _with_parts_of(student, drawer))
+
+
+def _with_parts_of(student: Drawer, teacher: Drawer) -> Drawer:
+    """Return the teacher with the student's VAE and text encoder in place of equal ones: memory holds each once."""
+    ours, theirs = student.parts, teacher.parts
+    shared = {
+        name: getattr(ours, name)
+        for name in ("vae", "text_encoder")
+        if _are_equal(getattr(ours, name), getattr(theirs, name))
+    }
+    return replace(teacher, parts=replace(theirs, **shared))
+
+
+def _are_equal(ours: Any, theirs: Any) -> bool:
+    """Tell whether two networks are the same: configs but for remarks (``_…``), and every value."""
+    if _settings(ours) != _settings(theirs):
+        return False
+    mine, others = ours.state_dict(), theirs.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+def _settings(network: Any) -> dict[str, Any]:
+    config = network.config.to_dict() if hasattr(network.config, "to_dict") else network.config  # transformers' has it
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _plan_of(model: str) -> SurgeryPlan | None:
