@@ -134,6 +134,20 @@ def test_mistakes_are_told_before_the_networks_libraries_are_there(
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_may_be_called_as_who_drew_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, places: dict[str, Path]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drawing, "load_drawer", drawers.load_drawer)
+    drawn = [generate("tiny-random", "a circle", "tiny-random", **OPTIONS).num_drawn for _ in range(2)]
+    assert drawn == [1, 0]  # the same command goes on
+    by_name = read_generation(Path("tiny-random"))["model"]["parameters"]
+    shutil.rmtree("tiny-random")
+    shutil.copytree(places["student"], "tiny-random")  # a model of that name is one
+    generate("tiny-random", "a circle", "other", **OPTIONS)
+    assert read_generation(Path("other"))["model"]["parameters"] < by_name
+
+
 def test_what_tells_of_mistakes_needs_no_torch() -> None:
     modules = "unet_surgery.evaluate.generate, unet_surgery.evaluate.metrics"
     code = f"import sys; sys.modules['torch'] = None; import {modules}"

@@ -37,7 +37,7 @@ def list_sets(as_json: Json = False) -> None:
             ],
         } for published in SETS.values()])  # fmt: skip
         return
-    rows = [(s.name, s.what, _size(s.num_bytes), "sha256" if s.is_checked else "–") for s in SETS.values()]
+    rows = [(s.name, s.what, _size(s.num_bytes), "sha256" if s.is_checked else "sizes") for s in SETS.values()]
     show(table(("name", "what", "to fetch", "checked by"), rows, right=(2,)))
 
 

@@ -9,7 +9,7 @@ from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.data.given import GivenPictures, open_given
 from unet_surgery.errors import MissingExtraError, UsageError, printable
 from unet_surgery.evaluate.request import GenerateRequest, GenerateResult, check_grids, plan_prompts, plan_protocol
-from unet_surgery.hub import check_teacher_name
+from unet_surgery.hub import check_teacher_name, local_path
 from unet_surgery.sample.generated import check_output
 
 __all__ = ["GenerateResult", "generate"]
@@ -128,8 +128,8 @@ def _absolute(path: str | Path) -> Path:
 
 
 def _check_outputs(request: GenerateRequest) -> None:
-    models = [Path(text).expanduser() for text in (request.model, request.base, request.teacher) if text is not None]
-    inputs = [*models, *(folder for folder in (request.init, request.masks) if folder is not None)]
+    models = [local_path(text) for text in (request.model, request.base, request.teacher) if text is not None]
+    inputs = [path for path in (*models, request.init, request.masks) if path is not None]
     check_output(request.out, *inputs)
     if request.full_size is not None:
         check_output(request.full_size, *inputs)

@@ -20,12 +20,13 @@ from unet_surgery.hub.names import corrected
 from unet_surgery.hub.remote import RemoteWeights
 from unet_surgery.hub.teacher import HubTeacher, find_hub_teacher
 
-__all__ = ["ResolvedTeacher", "Transfer", "check_teacher_name", "fetch_teacher", "resolve_teacher"]
+__all__ = ["ResolvedTeacher", "Transfer", "check_teacher_name", "fetch_teacher", "local_path", "resolve_teacher"]
 
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 600.0
+OF_A_MODEL = ("model_index.json", "config.json")
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[\w./-]+))?")
 _SITE = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/")
@@ -94,10 +95,10 @@ def resolve_teacher(text: str, *, variant: str | None = None) -> ResolvedTeacher
         TeacherError: it is none of the three; offers the nearest name or form.
         HubError: the Hub cannot be reached or has no such model.
     """
-    path = Path(os.path.expanduser(text))
-    if path.is_file():
+    path = local_path(text)
+    if path is not None and path.is_file():
         return ResolvedTeacher(path.parent, None, path.stem, variant, file=path)
-    if path.exists():
+    if path is not None:
         return ResolvedTeacher(path, None, os.path.basename(os.path.abspath(path)), variant)
     if text in bundled_names():
         cached = cache_folder() / text
@@ -113,8 +114,18 @@ def check_teacher_name(text: str) -> None:
     Raises:
         TeacherError: it is no path, no built-in name and has not the Hub's form; offers the nearest name or form.
     """
-    if not Path(os.path.expanduser(text)).exists() and text not in bundled_names():
+    if local_path(text) is None and text not in bundled_names():
         _hub_form(text)
+
+
+def local_path(text: str) -> Path | None:
+    """Return the path that ``text`` means as a teacher, or None: it is a name.
+
+    A folder that is called as a built-in teacher and holds no model is not meant: it may be of pictures that this drew.
+    """
+    path = Path(os.path.expanduser(text))
+    is_other = text in bundled_names() and not any((path / name).exists() for name in OF_A_MODEL)
+    return path if path.exists() and not is_other else None
 
 
 def _hub_form(text: str) -> re.Match[str]:
