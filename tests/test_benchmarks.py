@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -230,9 +231,19 @@ def test_sd1_is_the_full_size() -> None:
     assert size.flops == pytest.approx(2.372e12, rel=1e-3)
 
 
-def test_generate_is_timed_beside_the_plain_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Both draw every picture: the rows are there, with the ratio to the first."""
+def test_generate_is_timed_beside_the_plain_loop(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both draw every picture, once to warm up and once a round: the rows are there, with the ratio to the first."""
     rows = tmp_path / "rows.jsonl"
+    drawn = []
+    remove = shutil.rmtree
+
+    def counting(folder: Any, *args: Any, **options: Any) -> None:
+        drawn.append(len(list(Path(folder).rglob("*.png"))))
+        remove(folder, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", counting)
     generation.compare(
         SimpleNamespace(
             size="toy", recipe=None, device="cpu", dtype="fp32", batches=[2], steps=1, pictures=3, rounds=1,
@@ -242,5 +253,6 @@ def test_generate_is_timed_beside_the_plain_loop(capsys: pytest.CaptureFixture[s
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["row"] for row in found] == ["plain loop", "generate", "generate, channels last"]
     assert found[0]["ratio"] == 1
+    assert [count for count in drawn if count] == [3] * 6
     assert all(row["pictures_a_second"] > 0 for row in found)
     assert capsys.readouterr().out.count("pictures/s") == 3

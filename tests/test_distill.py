@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(sparse: Path, places: dict[str, Path],
         child = start_tool(("distill", str(run), "-q"), env=environment())
         if kills < 3:
             _wait_for(lambda: _locked_at(out) > before, child)  # noqa: B023
-            time.sleep(rng.uniform(0, 3.0))
+            time.sleep(rng.uniform(0, 1.5))
             child.send_signal(signal.SIGKILL)
         done = child.ended()
         if done.returncode == 0:

@@ -51,7 +51,7 @@ from unet_surgery.sample.draw import sample
 from unet_surgery.sample.generated import read_generation
 from unet_surgery.sample.keep import Keeping, is_whole_png, picture_name
 from unet_surgery.sample.presets import PRESETS
-from unet_surgery.sample.schedulers import make_scheduler
+from unet_surgery.sample.schedulers import SAMPLERS, SCHEDULERS, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
@@ -146,6 +146,47 @@ def test_pictures_may_be_called_as_who_drew_them(
     shutil.copytree(places["student"], "tiny-random")  # a model of that name is one
     generate("tiny-random", "a circle", "other", **OPTIONS)
     assert read_generation(Path("other"))["model"]["parameters"] < by_name
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of diffusers' KDPM2
+@pytest.mark.parametrize("scheduler", sorted({*SCHEDULERS, *SAMPLERS} - {"LMSDiscreteScheduler"}))
+def test_every_scheduler_leaves_a_folder_that_goes_on(tmp_path: Path, scheduler: str) -> None:
+    """Their options are kept as JSON, and compared when the same command is given again."""
+    out = tmp_path / "out"
+    options = OPTIONS | {"batch": 1, "steps": 4, "scheduler": scheduler}
+    generate("tiny-random", "a circle", out, **options)
+    (out / NAMES[0]).unlink()
+    assert generate("tiny-random", "a circle", out, **options).num_drawn == 1
+    json.loads((out / "generation.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_draws(tmp_path: Path, preset: str) -> None:
+    steps = {"steps": 2} if PRESETS[preset].steps > 20 else {}
+    result = generate("tiny-random", "a circle", tmp_path / "out", preset=preset, limit=1, size=SIDE, **steps)
+    assert result.num_drawn == 1
+    assert read_generation(tmp_path / "out")["preset"] == preset
+
+
+@pytest.mark.parametrize("whose", ["own", "teacher"])
+def test_too_many_steps_are_refused_before_a_folder_is_begun(tmp_path: Path, whose: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"does not take this number of steps(.*\n)+.*another number of --steps"):
+        generate(
+            "tiny-random",
+            "a circle",
+            out,
+            **OPTIONS | {"steps": 51, "scheduler": "lcm"} | ({"teacher": "tiny-random"} if whose == "teacher" else {}),
+        )
+    assert not out.exists()
+    assert generate("tiny-random", "a circle", out, **OPTIONS | {"scheduler": "lcm"}).num_drawn == 1
+
+
+def test_folders_of_pictures_do_not_hold_each_other(tmp_path: Path) -> None:
+    for out, full in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
+        with pytest.raises(UsageError, match="a folder of their own"):
+            generate("tiny-random", "a circle", tmp_path / out, full_size=tmp_path / full, resize=8, **OPTIONS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_tells_of_mistakes_needs_no_torch() -> None:

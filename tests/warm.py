@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Warm:
     ) -> None:
         self._env = {**env, **GIVEN}
         self._may_differ = may_differ
+        self._running: Started | None = None
         self._socket, theirs = socket.socketpair()
         with theirs:
             words = [sys.executable, __file__, str(theirs.fileno()), *imports]
@@ -112,7 +114,10 @@ class Warm:
         env: Mapping[str, str] | None = None,
         timeout: float = 240,
     ) -> Started:
-        """Start ``unet-surgery WORDS`` without input; the next one may be started when this one has ended."""
+        """Start ``unet-surgery WORDS`` without input. One runs at a time: one that was left running is killed."""
+        if self._running is not None:  # its test has failed
+            self._running.send_signal(signal.SIGKILL)
+            self._running.ended()
         env = {**GIVEN, **(self._env if env is None else env)}
         if not self.can_run(env):
             raise ValueError("this environment asks for an interpreter of its own")
@@ -121,12 +126,17 @@ class Warm:
         out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         socket.send_fds(self._socket, [len(data).to_bytes(4)], [out.fileno(), err.fileno()])
         self._socket.sendall(data)
-        return Started(tuple(words), self.answer(), self, (out, err), timeout)
+        self._running = Started(tuple(words), self.answer(), self, (out, err), timeout)
+        return self._running
 
     def can_run(self, env: Mapping[str, str]) -> bool:
         """Tell whether a child of this process is as good as a new one in ``env``."""
         names = env.keys() | (self._env.keys() - GIVEN.keys())
         return {name for name in names if env.get(name) != self._env.get(name)} <= self._may_differ
+
+    def is_free(self) -> None:
+        """The command that ran has ended, and its exit code was read."""
+        self._running = None
 
     def has_answer(self) -> bool:
         return bool(select.select([self._socket], [], [], 0)[0])
@@ -156,11 +166,13 @@ class Started:
         return self._code is not None
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if not self.is_over():
+            os.kill(self.pid, number)
 
     def ended(self) -> subprocess.CompletedProcess[str]:
         """Wait for its end, and return what :func:`subprocess.run` does."""
         code = self._warm.answer() if self._code is None else self._code
+        self._warm.is_free()
         texts = []
         for file in self._files:
             texts.append(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode())
@@ -257,7 +269,10 @@ def run_main() -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: what is left running is waited for
     atexit._run_exitfuncs()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     return code if isinstance(code, int) else 0 if code is None else 1

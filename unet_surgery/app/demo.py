@@ -80,7 +80,7 @@ def demo(
         make_page, serve = _gradio()
         log.info("loading the models …")
         folder = os.path.realpath(stack.enter_context(_own_folder()))
-        with _one_thread(), _settings(folder):
+        with _settings(folder), _one_thread():  # in this order: one demo at a time counts the threads
             studio = _studio(str(model), teacher, base, device, dtype)
             server = serve(make_page(studio), listening, folder)
         return Demo(studio, server, stack.pop_all())

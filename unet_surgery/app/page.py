@@ -106,7 +106,7 @@ def make_page(studio: Studio) -> gr.Blocks:
 
         stop.click(give_up, None, None, queue=False, api_name="stop")
         page.unload(give_up)
-    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)  # nobody passes those who wait
     return page
 
 

@@ -60,9 +60,12 @@ class Server:
 
     def close(self) -> None:
         """Stop serving. Requests that are open are cut off after a second."""
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it calls that an error
+        log = logging.getLogger("uvicorn.error")
+        before = log.level
+        log.setLevel(logging.CRITICAL)  # it calls that an error
         self._server.should_exit = True
         self._thread.join(10)
+        log.setLevel(before)
         self._page.close(verbose=False)
         self._socket.close()
 

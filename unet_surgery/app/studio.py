@@ -41,8 +41,6 @@ OWN_SIDES = 2
 INDEX = 0
 """The prompt's number: pictures are those of ``generate`` with one prompt and the same seed."""
 
-WAIT_SECONDS = 0.1
-
 T = TypeVar("T")
 
 Progress = Callable[[int, int, int], None]
@@ -79,8 +77,8 @@ class Studio:
     def __init__(self, models: Models) -> None:
         self.models = models
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="drawing")
-        self._busy = threading.Lock()
         self._asked: list[tuple[str, threading.Event]] = []
+        self._changed = threading.Condition()  # of whose turn it is: the first's
         self._counting = threading.Lock()
         self._tokenizer = copy.deepcopy(models.student.parts.tokenizer)  # they refuse two threads at once
         self._peaks: dict[tuple[Any, ...], int] = {}
@@ -109,9 +107,11 @@ class Studio:
 
     def stop(self, who: str | None = None) -> None:
         """Give up what ``who`` asked for, drawn or waiting; None: what anybody did."""
-        for asked_by, event in tuple(self._asked):
-            if who is None or who == asked_by:
-                event.set()
+        with self._changed:
+            for asked_by, event in self._asked:
+                if who is None or who == asked_by:
+                    event.set()
+            self._changed.notify_all()
 
     def draw(self, wish: Wish, progress: Progress | None = None, who: str = "") -> Iterator[Drawn]:
         """Draw a wish by each model in turn. The first of a size takes one step more, which warms up and is weighed.
@@ -139,23 +139,28 @@ class Studio:
 
     def _in_its_thread(self, call: Callable[[], T]) -> T:
         context = contextvars.copy_context()  # gradio knows by it whose progress is told
-        return self._thread.submit(lambda: context.run(call)).result()
+        try:
+            answer = self._thread.submit(lambda: context.run(call))
+        except RuntimeError as error:  # it is closed
+            raise Stopped from error
+        return answer.result()
 
     @contextmanager
     def _turn(self, who: str) -> Iterator[threading.Event]:
-        """Wait until nobody else draws, or until what this gives is set."""
+        """Wait until all who asked before have been answered, or until what this gives is set."""
         asked = (who, threading.Event())
-        self._asked.append(asked)
+        with self._changed:
+            self._asked.append(asked)
         try:
-            while not self._busy.acquire(timeout=WAIT_SECONDS):
-                _give_up_if(asked[1])
-            try:
-                yield asked[1]
-            finally:
-                asked[1].set()  # whoever asked may have been interrupted, and not what draws
-                self._busy.release()
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked[0] is asked or asked[1].is_set())
+            _give_up_if(asked[1])
+            yield asked[1]
         finally:
-            self._asked.remove(asked)
+            asked[1].set()  # whoever asked may have been interrupted, and not what draws
+            with self._changed:
+                self._asked.remove(asked)
+                self._changed.notify_all()
 
     def _drawn(self, drawer: Drawer, number: int, wish: Wish, watch: _Watch) -> Drawn:
         device = next(drawer.unet.parameters()).device

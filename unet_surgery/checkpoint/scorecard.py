@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from unet_surgery.checkpoint.check import unet_folder
 from unet_surgery.checkpoint.drawing import deciding
 from unet_surgery.checkpoint.identity import network_sha256
 from unet_surgery.checkpoint.jsonfile import MAX_JSON_BYTES, read_regular
+from unet_surgery.checkpoint.layout import is_weights_file
 from unet_surgery.checkpoint.student import CONFIG
 from unet_surgery.errors import DataError, OutputBusyError, OutputError, SurgeryError, escaped, printable
 
@@ -85,18 +87,16 @@ def check_drawn_by(folder: str | Path, generation: Mapping[str, Any] | None) -> 
 
     Raises:
         DataError: they were drawn by another one.
+        TeacherError: the U-Net is damaged.
     """
     model = generation.get("model") if generation is not None else None
     if not isinstance(model, Mapping):
         return
     told = model.get("sha256")
     unet = unet_folder(Path(folder))
-    if not isinstance(told, str) or not (unet / CONFIG).is_file():
+    if not isinstance(told, str) or not (unet / CONFIG).is_file() or not any(map(is_weights_file, os.listdir(unet))):
         return
-    try:
-        own = network_sha256(unet)
-    except SurgeryError:  # a card without weights beside it
-        return
+    own = network_sha256(unet)
     if own != told:
         raise DataError(
             "these pictures were drawn by another model than this card's",

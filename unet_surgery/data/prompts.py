@@ -172,6 +172,7 @@ def _text(path: Path) -> str:
 def _csv(path: Path, text: str, column: str | None) -> Found:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     place = None
+    blank: list[str] = []  # lines that are, unless no row follows
     while True:
         where = f"{path}:{rows.line_num + 1}"
         try:
@@ -192,7 +193,12 @@ def _csv(path: Path, text: str, column: str | None) -> Found:
                     found=str(len(row)),
                     hint="a prompt with commas needs quotes around it",
                 )
-            yield where, row[place] if place < len(row) else "" if not row else None
+            if not row:
+                blank.append(where)
+                continue
+            yield from ((line, "") for line in blank)
+            blank.clear()
+            yield where, row[place] if place < len(row) else None
 
 
 def _of_json(path: Path, data: Any, column: str | None) -> Found:

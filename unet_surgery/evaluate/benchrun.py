@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from unet_surgery.data.shards import choose_device
-from unet_surgery.errors import SurgeryError, UsageError, printable
 from unet_surgery.evaluate.benchmodels import BenchModel
 from unet_surgery.evaluate.benchnets import fetched, forward, load_network
 from unet_surgery.evaluate.benchparts import PartConfigs, fetched_parts, find_parts, load_all_parts
@@ -29,7 +28,8 @@ from unet_surgery.evaluate.timing import Spread, Timed, interleaved, ratio, spre
 from unet_surgery.evaluate.why import OUT_OF_MEMORY, why_not
 from unet_surgery.runtime.machine import available_bytes, cpu_name
 from unet_surgery.runtime.parts import Parts, encode_prompts
-from unet_surgery.sample.draw import Sampling, draw_batch, generators, make_scheduler
+from unet_surgery.sample.draw import Sampling, draw_batch, generators
+from unet_surgery.sample.schedulers import check_steps, make_scheduler
 
 __all__ = ["COMPILED_TOLERANCE", "measure"]
 
@@ -81,8 +81,8 @@ def measure(
     drawing = settings.steps is not None
     configs = [find_parts(m, settings.base, random=settings.random) if drawing else None for m in models]
     for found in configs:
-        if found is not None:
-            _check_steps(found, settings)
+        if found is not None and settings.steps is not None:
+            check_steps(make_scheduler(found.scheduler, settings.scheduler), settings.steps)
     if not settings.random:  # all of it now: a connection that breaks off later would take the measurements with it
         models = [fetched(model, fetching) for model in models]
         configs = [found and fetched_parts(found, fetching) for found in configs]
@@ -103,20 +103,6 @@ def measure(
         del one, entries
         _release(device)
     return BenchReport({**_machine(device, rates), "reserved_bytes": reserved.most()}, tuple(rows))
-
-
-def _check_steps(found: PartConfigs, settings: BenchSettings) -> None:
-    """Check that the scheduler exists and takes so many steps: some have at most 50, some what they trained with."""
-    scheduler = make_scheduler(found.scheduler, settings.scheduler)
-    try:
-        scheduler.set_timesteps(settings.steps)
-    except (ValueError, IndexError) as error:
-        raise UsageError(
-            "the scheduler does not take so many steps",
-            where=type(scheduler).__name__,
-            found=f"{settings.steps}: {printable(str(error))}",
-            hint="choose fewer --steps, or another --scheduler",
-        ) from error
 
 
 @dataclass(slots=True)
@@ -173,8 +159,11 @@ class _OneDtype:
                 entry.parts = self._parts(entry.configs, loaded)
             if settings.compiled:
                 entry.unet.compile(dynamic=False)
-        except (RuntimeError, MemoryError, SurgeryError) as error:
-            self._give_up(entry, why_not(error))
+        except Exception as error:
+            why = why_not(error)
+            if why is None:
+                raise
+            self._give_up(entry, why)
 
     def _parts(self, configs: PartConfigs, loaded: dict[int, Parts]) -> Parts:
         """Return a pipeline's parts; those that several models share lie on the device once."""

@@ -133,8 +133,14 @@ def _check_outputs(request: GenerateRequest) -> None:
     check_output(request.out, *inputs)
     if request.full_size is not None:
         check_output(request.full_size, *inputs)
-        if request.full_size == request.out or request.out in request.full_size.parents:  # no other pictures in there
-            raise UsageError("the pictures as drawn need a folder of their own", where=str(request.full_size))
+        folders = {request.full_size, request.out}
+        if len(folders) == 1 or folders & {*request.full_size.parents, *request.out.parents}:  # no others in there
+            raise UsageError(
+                "the pictures as drawn need a folder of their own",
+                where=str(request.full_size),
+                expected="a folder that is not in the other, nor has it inside",
+                found=f"--out {request.out}",
+            )
     check_grids(request)
 
 

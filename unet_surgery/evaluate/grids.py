@@ -18,24 +18,26 @@ from unet_surgery.checkpoint.disk import Progress
 from unet_surgery.errors import OutputError
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
 from unet_surgery.evaluate.job import Job, noise_of_blocks
-from unet_surgery.evaluate.request import GenerateRequest, grids_folder
+from unet_surgery.evaluate.request import GenerateRequest, Protocol, grids_folder
 from unet_surgery.sample.draw import check_unet
 from unet_surgery.sample.generated import GeneratedFolder
 from unet_surgery.sample.grid import grid
+from unet_surgery.sample.schedulers import check_steps, make_scheduler
 
 __all__ = ["check_teacher", "draw_grids"]
 
 ROWS_A_GRID = 8
 
 
-def check_teacher(request: GenerateRequest, dtype: torch.dtype, fetching: Progress | None) -> None:
+def check_teacher(request: GenerateRequest, protocol: Protocol, dtype: torch.dtype, fetching: Progress | None) -> None:
     """Load the teacher once, if there is one, and let go of it: it is here and whole then, and fits its parts.
 
     Raises:
         SurgeryError: as :func:`unet_surgery.evaluate.drawers.load_drawer`, or it cannot draw these pictures.
     """
     if request.teacher is not None:
-        _load(request, request.teacher, torch.device("cpu"), dtype, fetching)
+        teacher = _load(request, request.teacher, torch.device("cpu"), dtype, fetching)
+        check_steps(make_scheduler(teacher.parts.scheduler_config, protocol.scheduler), protocol.steps)
 
 
 def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:

@@ -6,6 +6,7 @@ Shapes: B pictures, C latent channels, H × W their latents' sides, T tokens, D 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from unet_surgery.evaluate.drawers import DTYPES, Drawer
 from unet_surgery.evaluate.request import GenerateRequest, Protocol
 from unet_surgery.runtime.parts import encode_prompts, pixels_per_latent
 from unet_surgery.sample.draw import Sampling, check_unet, draw_batch, latent_sides
-from unet_surgery.sample.schedulers import draws_noise, make_scheduler
+from unet_surgery.sample.schedulers import check_steps, draws_noise, make_scheduler
 from unet_surgery.sample.start import Source, generators, one_stream
 
 __all__ = ["Job", "noise_of_blocks"]
@@ -60,6 +61,7 @@ class Job:
         if given[0] is not None and height != width:
             raise UsageError("pictures to start from become squares", hint="give one --size")
         scheduler = make_scheduler(drawer.parts.scheduler_config, protocol.scheduler)
+        check_steps(make_scheduler(drawer.parts.scheduler_config, protocol.scheduler), protocol.steps)
         if request.seeding == "stream" and draws_noise(scheduler):
             raise UsageError(
                 "one stream of noise is for samplers that draw none between steps",
@@ -73,7 +75,8 @@ class Job:
     def settings(self, drawer: Drawer) -> dict[str, Any]:
         """Return what decides the pictures, as JSON has it: a run with others does not continue this one."""
         request, protocol, keeping = self.request, self.protocol, self.protocol.keeping
-        options = {key: value for key, value in sorted(self.scheduler.config.items()) if not key.startswith("_")}
+        config = sorted(self.scheduler.config.items())
+        options = {key: _in_json(value) for key, value in config if not key.startswith("_")}
         width, height = keeping.size or self.drawn_size
         is_stream = request.seeding == "stream"
         settings = {
@@ -170,6 +173,11 @@ def noise_of_blocks(
         noise_BCHW = one_stream(stream, len(blocks[number]), job.shape_CHW, dtype)
         if number in todo:
             yield number, noise_BCHW
+
+
+def _in_json(value: Any) -> Any:
+    """Return a scheduler's option as JSON can have it: −∞, such as dpmsolver++'s least λ, is none of its numbers."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -125,7 +125,7 @@ def local_path(text: str) -> Path | None:
     """
     path = Path(os.path.expanduser(text))
     is_other = text in bundled_names() and not any((path / name).exists() for name in OF_A_MODEL)
-    return path if path.exists() and not is_other else None
+    return path if os.path.exists(path) and not is_other else None  # which does not mind a name too long to be one
 
 
 def _hub_form(text: str) -> re.Match[str]:

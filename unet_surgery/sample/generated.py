@@ -87,7 +87,10 @@ class GeneratedFolder:
             OutputError: they are damaged.
         """
         path = self.root / UNFINISHED / SETTINGS_FILE
-        disk.make_folders(path.parent)
+        try:
+            disk.make_folders(path.parent)
+        except FileNotFoundError as error:
+            raise _unwritten(self.root, error) from error
         with contextlib.suppress(FileExistsError):
             disk.replace_file(path, _json(self.settings))
         return _read_own(path)
@@ -241,7 +244,13 @@ def check_output(out: Path, *inputs: Path) -> None:
         raise OutputError("the output path is a file", where=str(out), hint="choose another --out")
     above = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
     if not above.is_dir():
-        raise OutputError("the output path leads through what is no folder", where=str(above))
+        raise OutputError(
+            "the output path leads through what is no folder",
+            where=str(out),
+            expected="folders all the way, there or to be made",
+            found=f"{above} is a file",
+            hint="choose another --out",
+        )
     is_ours = any((out / name).exists() for name in (GENERATION_FILE, UNFINISHED))
     if out.is_dir() and any(out.iterdir()) and not is_ours:
         raise OutputError(
@@ -362,4 +371,4 @@ def _unwritten(path: Path, error: OSError) -> OutputError:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(dict(value), indent=2) + "\n").encode()
+    return (json.dumps(dict(value), indent=2, allow_nan=False) + "\n").encode()

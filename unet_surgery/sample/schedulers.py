@@ -14,6 +14,7 @@ __all__ = [
     "SCHEDULERS",
     "SchedulerKind",
     "check_scheduler_name",
+    "check_steps",
     "draws_noise",
     "make_scheduler",
     "strength_steps",
@@ -105,6 +106,23 @@ def check_scheduler_name(name: str) -> None:
         expected=f"{', '.join(SCHEDULERS)}, or a class of diffusers that denoises latents, such as {SAMPLERS[4]}",
         hint=f"did you mean {close[0]}?" if close else None,
     )
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Check that a scheduler, which this changes, takes so many steps: some 50 at most, some what they trained with.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError) as error:
+        raise UsageError(
+            "the scheduler does not take this number of steps",
+            where=type(scheduler).__name__,
+            found=f"{steps}: {printable(str(error))}",
+            hint="choose another number of --steps, or another --scheduler",
+        ) from error
 
 
 def strength_steps(steps: int, strength: float) -> int:
