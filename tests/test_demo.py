@@ -6,6 +6,8 @@ import asyncio
 import gc
 import importlib.util
 import io
+import json
+import logging
 import os
 import shutil
 import socket
@@ -339,6 +341,39 @@ def test_stop_is_for_the_session_that_says_it(served: Running) -> None:
 
     assert not isinstance(stopped("mine", 200)[4].get("models"), list)
     assert [m["name"] for m in stopped("others", 2)[4]["models"]] == ["toy", "small-toy"]
+
+
+@NEEDS_GRADIO
+def test_nobody_passes_those_who_wait(served: Running) -> None:
+    """gradio's direct calls are for Stop alone: a drawing by one would take a thread from the page."""
+    config = json.loads(open_url(f"{served.address}config"))
+    names = {one["api_name"]: one["id"] for one in config["dependencies"] if one["api_name"]}
+    body = {"data": [PROMPT, *REST], "fn_index": names["draw"], "session_hash": "mine"}
+    assert served.post("gradio_api/run/predict", body) == 404
+    assert served.post("gradio_api/run/predict", {"data": [], "fn_index": names["stop"], "session_hash": "a"}) == 200
+    assert served.draw()[0] == "complete"
+
+
+@NEEDS_GRADIO
+def test_demos_that_begin_at_once_leave_torch_its_threads() -> None:
+    torch.set_num_threads(2)
+    demos: list[Any] = []
+    try:
+        beginning = [Thread(target=lambda: demos.append(us.demo("toy", port=0))) for _ in range(2)]
+        for thread in beginning:
+            thread.start()
+        for thread in beginning:
+            thread.join()
+        left: list[int] = []
+        asking = Thread(target=lambda: left.append(torch.get_num_threads()))  # a new one: each has a count of its own
+        asking.start()
+        asking.join()
+        assert left == [2]
+    finally:
+        for one in demos:
+            one.close()
+        torch.set_num_threads(1)
+    assert logging.getLogger("uvicorn.error").level != logging.CRITICAL
 
 
 @NEEDS_GRADIO

@@ -182,6 +182,13 @@ def test_too_many_steps_are_refused_before_a_folder_is_begun(tmp_path: Path, who
     assert generate("tiny-random", "a circle", out, **OPTIONS | {"scheduler": "lcm"}).num_drawn == 1
 
 
+def test_a_place_where_no_folder_can_be_made_is_no_rival(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written(.*\n)+.*No such file"):
+        generate("tiny-random", "a circle", "/proc/nothing/pictures", **OPTIONS)
+    with pytest.raises(TeacherError, match="there is no teacher"):
+        generate("x" * 300, "a circle", tmp_path / "out", **OPTIONS)
+
+
 def test_folders_of_pictures_do_not_hold_each_other(tmp_path: Path) -> None:
     for out, full in (("a", "a"), ("a", "a/b"), ("a/b", "a")):
         with pytest.raises(UsageError, match="a folder of their own"):

@@ -91,6 +91,10 @@ def test_a_folder_with_metadata(tmp_path: Path) -> None:
         read_prompts(tmp_path.parent)
 
 
+def test_a_table_may_end_in_blank_lines(tmp_path: Path) -> None:
+    assert read_prompts(written(tmp_path / "a.csv", "text\na\nb\n\n\n")).texts == ("a", "b")
+
+
 BAD = {
     "empty.txt": (b"", "holds no prompts"),
     "blank.txt": (b"\n \n", "holds no prompts"),

@@ -25,6 +25,7 @@ from hub_server import HubStandIn, client_in_process
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from teachers import WEIGHTS
 from warm import run_tool
 
 from unet_surgery.checkpoint.identity import network_sha256
@@ -974,6 +975,9 @@ def test_a_card_takes_no_scores_of_another_models_pictures(
     with pytest.raises(DataError, match="drawn by another model"):
         add_scores(other, json.loads(out))
     assert (other / "README.md").read_text() == "# A model\n"
+    damaged = tmp_path / "sd1" / "model" / "unet" / WEIGHTS
+    os.truncate(damaged, damaged.stat().st_size - 1)
+    assert tool(*words, str(tmp_path / "sd1" / "model"), code=3)[0] == ""  # and no scores of what is not whole
 
 
 def test_what_cannot_be_written_is_said_before_anything_is_computed(toy_folder: Path, tmp_path: Path) -> None:

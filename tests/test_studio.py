@@ -253,6 +253,34 @@ def test_stop_is_for_ones_own_pictures_waiting_ones_too(studio: Studio) -> None:
     assert len(list(studio.draw(WISH))) == 2  # a stop is for what was asked for before it
 
 
+def test_who_asked_first_is_answered_first(studio: Studio) -> None:
+    drawing = studio.draw(WISH, None, "first")
+    next(drawing)
+    order: list[str] = []
+
+    def wait(who: str) -> None:
+        for drawn in studio.draw(WISH, None, who):
+            order.append(who) if drawn.name == "toy" else None
+
+    threads = [Thread(target=wait, args=(str(number),)) for number in range(6)]
+    for number, thread in enumerate(threads):
+        thread.start()
+        while len(studio._asked) < number + 2:
+            time.sleep(0.001)
+    assert len(list(drawing)) == 1
+    for thread in threads:
+        thread.join(60)
+    assert order == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_after_its_end_a_studio_gives_up_what_is_asked(models: Models) -> None:
+    ended = Studio(models)
+    ended.close()
+    with pytest.raises(Stopped):
+        list(ended.draw(WISH))
+    assert ended._asked == []
+
+
 def test_a_model_that_draws_nonsense_is_an_error_and_not_a_picture(models: Models) -> None:
     unet = models.student.unet
     bias = unet.conv_out.bias.data.clone()
