@@ -180,7 +180,7 @@ ERRORS = [
     (["plan", "-r", "bk_tyny", "-t", "tiny-random"], 2, "did you mean 'bk_tiny'"),
     (["plan", "-r", "koala_700m", "-t", "sd-v1-random"], 2, "not for this teacher"),
     (["plan", "-r", "bk_tiny", "-t", "tiny-randm"], 3, "did you mean 'tiny-random'"),
-    (["plan", "-r", "bk_tiny", "-t", "./nowhere"], 3, "there is no teacher"),
+    (["plan", "-r", "bk_tiny", "-t", "./nowhere"], 3, "there is no model"),
     (["plan", "-r", "bk_tiny"], 5, "Hub cannot be reached"),
     (["plan", "-r", "bk_tiny", "-t", "tiny-random", "--dtype", "fp8"], 2, "fp16"),
     (["prune", "-r", "bk_tiny", "-t", "tiny-random", "--max-shard-size", "big"], 2, "not a size"),

@@ -446,7 +446,7 @@ def test_other_predictions_and_encoders_would_be_refused(paper: Path, tmp_path: 
 def test_what_cannot_be_counted_is_an_error(student: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such student yet"):
         dry_run(toy_run(tmp_path / "o", Path("not-there")))
-    with pytest.raises(TeacherError, match="no teacher 'no-teacher'"):
+    with pytest.raises(TeacherError, match="no model 'no-teacher'"):
         dry_run(toy_run(tmp_path / "o", student, teacher="no-teacher"))
     xl = RunConfig.from_data({**run_data(tmp_path / "o", student, {"toy": {}}), "student": "sdxl-random"})
     assert any("cannot be trained here yet" in line for line in dry_run(xl).refused)

@@ -95,7 +95,7 @@ def test_a_missing_teacher_is_named_with_its_stage(places: dict[str, Path], tmp_
         (RunConfig.from_data({**data, "stages": [{"teacher": "tiny-random"}, {"name": "kd"}]}), "stage kd, teacher"),
     ):
         for act in (distill, dry_run):
-            with pytest.raises(TeacherError, match="there is no teacher 'nobody'") as caught:
+            with pytest.raises(TeacherError, match="there is no model 'nobody'") as caught:
                 act(config)
             assert caught.value.where == where
 

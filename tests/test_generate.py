@@ -115,17 +115,23 @@ def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
     ("changed", "error", "message"),
     [
         ({"model": "tiny-rando"}, TeacherError, "did you mean 'tiny-random'"),
-        ({"base": "no such"}, TeacherError, "there is no teacher 'no such'"),
-        ({"teacher": "to"}, TeacherError, "there is no teacher 'to'"),
+        ({"base": "no such"}, TeacherError, "there is no model 'no such'"),
+        ({"teacher": "to"}, TeacherError, "there is no model 'to'"),
         ({"scheduler": "ddmi"}, UsageError, "no scheduler"),
         ({"prompts": "nothing.csv"}, DataError, "nothing.csv"),
         ({"init": "nothing"}, DataError, "nothing"),
+        ({"limit": 2}, DataError, "fewer prompts than --limit says"),
+        ({"preset": "hpsv2", "limit": 3200}, DataError, "fewer prompts than --limit says"),
+        ({"size": (0, 32)}, UsageError, "32×0"),
+        ({"resize": -1}, UsageError, "-1×-1"),
+        ({"scheduler": "DEIS"}, UsageError, "did you mean DEISMultistepScheduler"),
+        ({"scheduler": "DPMSolverSDE"}, UsageError, "noise of its own"),
         ({}, MissingExtraError, "unet-surgery doctor says why"),
     ],
     ids=str,
 )
 def test_mistakes_are_told_before_the_networks_libraries_are_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, str], error: type[Exception], message: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "unet_surgery.evaluate.drawing", None)
     asked: dict[str, Any] = {"model": "tiny-random", "prompts": "a circle", "out": tmp_path / "out", **changed}
@@ -185,8 +191,14 @@ def test_too_many_steps_are_refused_before_a_folder_is_begun(tmp_path: Path, who
 def test_a_place_where_no_folder_can_be_made_is_no_rival(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written(.*\n)+.*No such file"):
         generate("tiny-random", "a circle", "/proc/nothing/pictures", **OPTIONS)
-    with pytest.raises(TeacherError, match="there is no teacher"):
+    with pytest.raises(TeacherError, match="there is no model"):
         generate("x" * 300, "a circle", tmp_path / "out", **OPTIONS)
+
+
+def test_a_teacher_of_other_latents_is_refused_before_drawing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="of another kind(.*\n)+.*2 pixels a side(.*\n)+.*4 pixels a side"):
+        generate("tiny-random", "a circle", tmp_path / "out", teacher="toy", **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_pictures_do_not_hold_each_other(tmp_path: Path) -> None:
@@ -648,7 +660,7 @@ def test_other_kinds_of_models(prompts: Path, unet_folders: dict[str, Path], tmp
         (unet_folders["sdxl"], "conditions beside time and text"),
         ("sdxl-random", "addition_embed_type: text_time"),
         (unet_folders["sd1"], "does not fit"),
-        ("nobody", "there is no teacher"),
+        ("nobody", "there is no model"),
     ):
         with pytest.raises(SurgeryError, match=match):
             generate(model, prompts, tmp_path / "out", base="tiny-random", **OPTIONS)
@@ -740,7 +752,7 @@ def test_a_teacher_is_refused_before_drawing(
     prompts: Path, unet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    for teacher, match in (("nobody", "there is no teacher"), (unet_folders["sdxl"], "conditions beside")):
+    for teacher, match in (("nobody", "there is no model"), (unet_folders["sdxl"], "conditions beside")):
         with pytest.raises(SurgeryError, match=match):
             generate("tiny-random", prompts, out, teacher=teacher, **OPTIONS)
     (tmp_path / "out-grids").write_text("")

@@ -582,7 +582,7 @@ def test_names_that_lead_out_of_the_cache_are_not_there(teacher, tmp_path, env) 
     with hub.serve() as endpoint:
         tool(*PRUNE, cwd=tmp_path, env=env(endpoint))
         _, err = tool("plan", "-r", "bk_tiny", "-t", f"{NAME}/../../..", cwd=tmp_path, env=env(endpoint), code=3)
-        assert "there is no teacher" in err
+        assert "there is no model" in err
     assert entries(tmp_path) == ["cache", "hf", "out"]
     assert not hub.seen(None, None, r"\.\.")
 

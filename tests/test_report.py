@@ -435,6 +435,15 @@ def test_what_was_not_recorded_is_not_taken_for_the_same(tmp_path: Path, made: M
     assert "not recorded" in text
 
 
+def test_a_score_in_two_files_is_one(tmp_path: Path, made: Make) -> None:
+    files = [scores(tmp_path / f"{k}.json", coco("one", 859_520_964), {"kid": 1.5}) for k in range(2)]
+    (table,) = tables(made(*files)[0])
+    assert table.count("<tr>") == 2  # its head, and one row
+    other = scores(tmp_path / "other.json", coco("one", 859_520_964), {"kid": 1.6})
+    (table,) = tables(made(*files, other)[0])
+    assert table.count("<tr>") == 3
+
+
 def test_what_was_only_counted_has_no_empty_columns(tmp_path: Path, made: Make) -> None:
     path = tmp_path / "counts.json"
     path.write_text(json.dumps(us.bench(["sd-v1-random", "sd-v2-random"], run=False).to_json()))

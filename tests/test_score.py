@@ -895,6 +895,21 @@ def test_scores_of_captions(clip_folder: Path, tmp_path: Path, name: str, metric
     assert found.protocol["versions"]["transformers"]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "reference", "error", "message"),
+    [
+        (["toy"], "statistics.npz", UsageError, "no metric that was asked for compares with a reference"),
+        (["fid"], "scores.json", UsageError, r"a reference is a folder of pictures, or statistics\n.*scores.json"),
+        (["fid", "toy"], "nothing.npz", DataError, r"is not there\n.*nothing.npz"),
+    ],
+)
+def test_references_are_looked_at_first(
+    metrics: list[str], reference: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        chosen_metrics(metrics, reference=reference)
+
+
 def test_metrics_are_named_right() -> None:
     with pytest.raises(UsageError, match="did you mean 'hpsv2'"):
         chosen_metrics(["hspv2"])

@@ -161,7 +161,7 @@ def test_a_base_for_a_u_net_folder(tiny: Path, tmp_path: Path) -> None:
         (["-t", "tiny-random", "--base", "tiny-random"], "brings its own parts"),
         (["-t", "sd1", "--base", "sd1"], "the base is not a pipeline"),
         (["-t", "sd1", "--base", "tiny-random"], "key cross_attention_dim"),
-        (["-t", "sd1", "--base", "nothing"], "there is no teacher"),
+        (["-t", "sd1", "--base", "nothing"], "there is no model"),
     ],
     ids=["a pipeline", "no pipeline", "another family", "nothing"],
 )

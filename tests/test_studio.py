@@ -105,7 +105,7 @@ def test_without_a_teacher_that_can_be_found_the_student_draws_alone(student: Pa
 
 
 def test_a_teacher_that_is_asked_for_must_be_there(student: Path) -> None:
-    with pytest.raises(TeacherError, match="there is no teacher 'nobody'"):
+    with pytest.raises(TeacherError, match="there is no model 'nobody'"):
         load_models(str(student), "nobody", None, device=CPU, dtype=torch.float32)
     alone = load_models(str(student), "none", None, device=CPU, dtype=torch.float32)
     assert (alone.teacher, alone.no_teacher) == (None, None)

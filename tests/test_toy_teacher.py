@@ -104,7 +104,7 @@ def test_a_checkout_without_its_weights_does_not_know_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(bundled, "_root", lambda: root)
     assert "toy" not in bundled.bundled_names()
     assert not any(bundled.is_shipped(name) for name in bundled.bundled_names())
-    with pytest.raises(TeacherError, match="there is no teacher 'toy'"):
+    with pytest.raises(TeacherError, match="there is no model 'toy'"):
         resolve_teacher("toy")
 
 
@@ -115,7 +115,7 @@ def test_a_shipped_teacher_is_used_where_it_lies(toy: Path) -> None:
     assert (found.folder, found.teacher_id, found.name) == (toy, "toy", "toy")
     assert fetch_teacher(found, progress=lambda done, total: None).folder == toy
     assert not (cache_folder() / "toy").exists()
-    with pytest.raises(TeacherError, match="there is no teacher 'toi'") as raised:
+    with pytest.raises(TeacherError, match="there is no model 'toi'") as raised:
         resolve_teacher("toi")
     assert raised.value.hint == "did you mean 'toy'?"
 
@@ -363,7 +363,7 @@ def test_a_demo_without_its_teacher_says_so(tmp_path: Path, capsys: pytest.Captu
     import demo
 
     assert demo.main(["--teacher", "nobody", "--out", str(tmp_path / "demo")]) == TeacherError.exit_code
-    assert "there is no teacher 'nobody'" in capsys.readouterr().err
+    assert "there is no model 'nobody'" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_it_imports_is_said_in_a_line() -> None:
@@ -519,7 +519,7 @@ def test_an_ablation_without_its_teacher_says_so(tmp_path: Path, capsys: pytest.
 
     words = ["--teacher", "nobody", "--results", str(tmp_path / "r"), "--work", str(tmp_path / "w")]
     assert ablation.main(words) == TeacherError.exit_code
-    assert capsys.readouterr().err.count("there is no teacher 'nobody'") == 1
+    assert capsys.readouterr().err.count("there is no model 'nobody'") == 1
     assert list(tmp_path.iterdir()) == []
 
 

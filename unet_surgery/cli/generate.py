@@ -56,7 +56,8 @@ def generate(
         typer.Option(help="Pass pictures through JPEG of this quality, as some protocols do; 0: not. Files stay PNG."),
     ] = None,
     full_size: Annotated[
-        Path | None, typer.Option("--full-size", help="A folder that keeps pictures as they were drawn, too.")
+        Path | None,
+        typer.Option("--full-size", help="A folder that keeps pictures at the size they were drawn at, too."),
     ] = None,
     scheduler: Annotated[
         str | None,

@@ -67,7 +67,7 @@ def draw_prompts(
         channels_last=request.channels_last,
         fetching=fetching,
     )
-    check_teacher(request, protocol, dtype, fetching)
+    check_teacher(request, protocol, drawer, dtype, fetching)
     job = Job.of(request, protocol, prompts, given, drawer, device)
     settings = job.settings(drawer)
     if note := job.far_from_own_size(drawer):

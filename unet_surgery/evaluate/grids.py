@@ -15,10 +15,11 @@ from PIL import Image
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.disk import Progress
-from unet_surgery.errors import OutputError
+from unet_surgery.errors import OutputError, UsageError, printable
 from unet_surgery.evaluate.drawers import Drawer, load_drawer
 from unet_surgery.evaluate.job import Job, noise_of_blocks
 from unet_surgery.evaluate.request import GenerateRequest, Protocol, grids_folder
+from unet_surgery.runtime.parts import pixels_per_latent
 from unet_surgery.sample.draw import check_unet
 from unet_surgery.sample.generated import GeneratedFolder
 from unet_surgery.sample.grid import grid
@@ -29,7 +30,9 @@ __all__ = ["check_teacher", "draw_grids"]
 ROWS_A_GRID = 8
 
 
-def check_teacher(request: GenerateRequest, protocol: Protocol, dtype: torch.dtype, fetching: Progress | None) -> None:
+def check_teacher(
+    request: GenerateRequest, protocol: Protocol, student: Drawer, dtype: torch.dtype, fetching: Progress | None
+) -> None:
     """Load the teacher once, if there is one, and let go of it: it is here and whole then, and fits its parts.
 
     Raises:
@@ -38,6 +41,18 @@ def check_teacher(request: GenerateRequest, protocol: Protocol, dtype: torch.dty
     if request.teacher is not None:
         teacher = _load(request, request.teacher, torch.device("cpu"), dtype, fetching)
         check_steps(make_scheduler(teacher.parts.scheduler_config, protocol.scheduler), protocol.steps)
+        theirs, ours = (
+            f"{drawer.parts.vae.config.latent_channels} channels of {pixels_per_latent(drawer.parts.vae)} pixels a side"
+            for drawer in (teacher, student)
+        )
+        if theirs != ours:
+            raise UsageError(
+                "the teacher's latents are of another kind: the same noise makes no pictures of one size",
+                where=printable(teacher.name),
+                expected=ours,
+                found=theirs,
+                hint="leave --teacher out, or name the teacher that the model was made of",
+            )
 
 
 def draw_grids(job: Job, drawer: Drawer, folder: GeneratedFolder) -> list[Path]:

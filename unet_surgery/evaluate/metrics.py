@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unet_surgery.checkpoint.scorecard import SCORES_FORMAT
-from unet_surgery.errors import UsageError, printable
+from unet_surgery.errors import DataError, UsageError, printable
 from unet_surgery.version import __version__
 
 __all__ = ["METRICS", "Metric", "Score", "ScoreReport", "chosen_metrics"]
@@ -165,6 +165,15 @@ def _check_reference(chosen: Sequence[Metric], reference: str | Path | None, res
         )
     if resolution is not None and resolution < 1:
         raise UsageError("--reference-resolution is a side in pixels", found=str(resolution))
+    if reference is not None and not needy:
+        raise UsageError(
+            "no metric that was asked for compares with a reference",
+            expected="fid or kid among --metrics",
+            found=f"--reference {printable(str(reference))}",
+            hint="leave --reference out, or add the metric",
+        )
+    if reference is not None:
+        _check_place(Path(reference))
     of_pictures = [metric.name for metric in chosen if metric.reference == "pictures"]
     if of_pictures and reference is not None and not Path(reference).is_dir():
         raise UsageError(
@@ -172,3 +181,15 @@ def _check_reference(chosen: Sequence[Metric], reference: str | Path | None, res
             expected="--reference FOLDER",
             found=printable(str(reference)),
         )
+
+
+def _check_place(reference: Path) -> None:
+    """Check that a reference is there, and may be one."""
+    if not reference.is_dir() and reference.suffix != ".npz":
+        raise UsageError(
+            "a reference is a folder of pictures, or statistics",
+            where=printable(str(reference)),
+            expected="--reference FOLDER, or a file .npz of unet-surgery stats or pytorch-fid",
+        )
+    if not reference.exists():
+        raise DataError("the reference is not there", where=str(reference), expected="what --reference names")

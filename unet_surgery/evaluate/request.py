@@ -108,6 +108,7 @@ def plan_protocol(request: GenerateRequest) -> Protocol:
     """
     preset = None if request.preset is None else find_preset(request.preset)
     _check_numbers(request)
+    _check_sizes(request)
     steps = _or(request.steps, preset.steps if preset else 25)
     scheduler = _or(request.scheduler, preset.scheduler if preset else None)
     if scheduler is not None:
@@ -154,6 +155,14 @@ def plan_prompts(request: GenerateRequest) -> PromptSet:
             found=f"{found.num_before_limit:,}",
             hint="for the first N of a set: --limit N; for prompts of your own: the same options without --preset",
         )
+    if request.limit is not None and found.num_before_limit < request.limit:
+        raise DataError(
+            "there are fewer prompts than --limit says",
+            where=str(prompts),
+            expected=f"{request.limit:,} or more",
+            found=f"{found.num_before_limit:,}",
+            hint="leave --limit out to draw all",
+        )
     return found
 
 
@@ -195,6 +204,13 @@ def _check_numbers(request: GenerateRequest) -> None:
     index, count = request.part
     if not 0 <= index < count:
         raise UsageError("there is no such part", expected=f"0 … {count - 1}", found=str(index))
+
+
+def _check_sizes(request: GenerateRequest) -> None:
+    for name, size in (("size", request.size), ("resize", request.resize or None)):
+        height, width = (1, 1) if size is None else (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise UsageError(f"{name} is of sides of 1 pixel or more", found=f"{width}×{height}")
 
 
 def _strength(request: GenerateRequest, size: tuple[int, int] | None) -> float | None:

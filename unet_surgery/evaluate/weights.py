@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from unet_surgery.checkpoint.foreign import recognise
 from unet_surgery.checkpoint.jsonfile import open_regular
 from unet_surgery.errors import HubError, TeacherError, first_few, printable
-from unet_surgery.hub.weightfile import fetch_files, named_sha256, torch_hub_file
+from unet_surgery.hub.weightfile import fetch_files, named_sha256, torch_hub_file, torch_hub_folder
 
 __all__ = ["CLIP", "HPS", "HPS_V21", "INCEPTION", "Known", "Weights", "find_inception", "find_weights", "read_tensors"]
 
@@ -123,9 +123,9 @@ def find_inception(path: str | Path | None, *, sha256: str | None = None) -> Wei
     if found is None:
         raise TeacherError(
             "the weights of the Inception network are not on this machine",
-            where=INCEPTION.name,
-            expected=f"--inception PATH, or the file in PyTorch's cache: {INCEPTION.address}",
-            hint=f"curl -LO {INCEPTION.address}",
+            where=str(torch_hub_folder() / INCEPTION.files[0]),
+            expected=f"{INCEPTION.name} there, or where --inception PATH says",
+            hint=f"curl -LO {INCEPTION.address}, then --inception {INCEPTION.files[0]}",
         )
     digest = _digest(found)
     published = digest == INCEPTION.sha256

@@ -43,7 +43,7 @@ def unreachable(repository: str, error: Exception, *, writing: bool = False) -> 
             "the Hugging Face Hub cannot be reached, and the model is not in its cache",
             where=repository,
             found="offline mode (HF_HUB_OFFLINE)" if offline else type(error).__name__,
-            hint="give a local folder, or a built-in teacher: --teacher sd-v1-random",
+            hint="give a local folder, or a built-in teacher such as sd-v1-random",
         )
     return HubError(
         "the Hugging Face Hub cannot be reached",

@@ -133,7 +133,7 @@ def _hub_form(text: str) -> re.Match[str]:
     if match is not None and not _SITE.match(text):
         return match
     raise TeacherError(
-        f"there is no teacher {printable(text)!r}",
+        f"there is no model {printable(text)!r}",
         expected="a folder or a single file, a Hub id org/name[/folder or /file][@revision], or one of "
         + ", ".join(bundled_names()),
         hint=_nearest(text),

@@ -11,7 +11,7 @@ from unet_surgery.errors import HubError
 from unet_surgery.hub.download import cached_file, download
 from unet_surgery.hub.repository import look_up
 
-__all__ = ["HubFiles", "fetch_files", "named_sha256", "torch_hub_file"]
+__all__ = ["HubFiles", "fetch_files", "named_sha256", "torch_hub_file", "torch_hub_folder"]
 
 ASK_SECONDS = 10.0
 
@@ -27,13 +27,17 @@ class HubFiles:
 
 
 def torch_hub_file(*names: str) -> Path | None:
-    """Return the first of these files that PyTorch's own cache holds (``$TORCH_HOME``), None if it holds none."""
+    """Return the first of these files that PyTorch's own cache holds, None if it holds none."""
+    return next((path for name in names if (path := torch_hub_folder() / name).is_file()), None)
+
+
+def torch_hub_folder() -> Path:
+    """Return the folder of PyTorch's own cache of weights (``$TORCH_HOME``)."""
     home = os.environ.get("TORCH_HOME")
     if home is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         home = os.path.join(cache, "torch")
-    paths = [Path(os.path.expanduser(home), "hub", "checkpoints", name) for name in names]
-    return next((path for path in paths if path.is_file()), None)
+    return Path(os.path.expanduser(home), "hub", "checkpoints")
 
 
 def named_sha256(repository: str, names: Sequence[str], *, revision: str | None = None) -> frozenset[str]:

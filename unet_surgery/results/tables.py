@@ -121,7 +121,7 @@ def score_groups(scored: Sequence[Scored], names: Sequence[str]) -> list[ScoreGr
         drawn = drawn_as(images)
         group = groups.setdefault(identity(drawn), ScoreGroup(drawn))
         cells = {_column(group, score): score for score in found.scores.scores}
-        row = next((row for row in group.rows if row.name == name and not row.cells.keys() & cells.keys()), None)
+        row = next((row for row in group.rows if row.name == name and _agree(row.cells, cells)), None)
         if row is None:
             row = ScoreRow(name, images)
             group.rows.append(row)
@@ -129,6 +129,11 @@ def score_groups(scored: Sequence[Scored], names: Sequence[str]) -> list[ScoreGr
     for group in groups.values():
         group.rows.sort(key=lambda row: -(row.parameters or 0))  # the teacher first, whatever order a shell gives
     return [group for group in groups.values() if group.columns]
+
+
+def _agree(some: Mapping[int, Score], others: Mapping[int, Score]) -> bool:
+    """Tell whether no column has two scores: the same one in two files is one."""
+    return all(some[k].value == others[k].value for k in some.keys() & others.keys())
 
 
 def _column(group: ScoreGroup, score: Score) -> int:

@@ -229,7 +229,7 @@ def latent_sides(config: Any, vae: Any, size: int | tuple[int, int] | None) -> t
     height, width = (size, size) if isinstance(size, int) else size
     if height < factor or width < factor or height % factor or width % factor:
         raise UsageError(
-            "the VAE has no latents for this size", expected=f"multiples of {factor} pixels", found=f"{height}×{width}"
+            "the VAE has no latents for this size", expected=f"multiples of {factor} pixels", found=f"{width}×{height}"
         )
     return height // factor, width // factor
 

@@ -95,12 +95,14 @@ def check_scheduler_name(name: str) -> None:
     """
     if name in SCHEDULERS or name in SAMPLERS:
         return
-    if name in OWN_NOISE:
+    if name in OWN_NOISE or f"{name}Scheduler" in OWN_NOISE:
         raise UsageError(
             f"{name} draws noise of its own, a batch at a time: a picture would depend on those drawn beside it",
             hint="dpmsolver++ is its solver without that noise",
         )
-    close = difflib.get_close_matches(name, (*SCHEDULERS, *SAMPLERS), n=1)
+    names = (*SCHEDULERS, *SAMPLERS)
+    begins = [known for known in names if known.lower().startswith(name.lower())] if name else []
+    close = sorted(begins, key=len) or difflib.get_close_matches(name, names, n=1)
     raise UsageError(
         f"there is no scheduler {printable(name)}",
         expected=f"{', '.join(SCHEDULERS)}, or a class of diffusers that denoises latents, such as {SAMPLERS[4]}",
