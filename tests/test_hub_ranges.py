@@ -377,7 +377,7 @@ def test_what_is_cached_serves_without_a_network(hub, expected, tmp_path, env) -
     _, err = tool("prune", "-r", "bk_base", "-t", NAME, "-o", "base", cwd=tmp_path, env=offline, code=5)
     assert "not all here" in err
     _, err = tool("plan", "-r", "bk_base", "-t", "org/other", cwd=tmp_path, env=offline, code=5)
-    assert "--teacher sd-v1-random" in err
+    assert "built-in teacher such as sd-v1-random" in err
 
 
 # --- refused before anything is sent --------------------------------------------------------------------------------
