@@ -62,8 +62,8 @@ def markdown(results: Sequence[Mapping[str, Any]], settings: Settings) -> str:
         f"`examples/runs/toy_bk_tiny.yaml`; of {settings.captions} held-out captions of each kind, drawn in "
         f"{settings.sampling_steps} steps, with 95 % Wilson intervals. `benchmarks/longer_run.py` wrote this; the "
         "columns are those of [ablation.md](ablation.md). Each row is a run of its own; that they end so near each "
-        "other is this world's doing: at its 8×8 latents the innermost stage and the mid, which they differ in, see one "
-        "place."
+        "other is this world's doing: at its 8×8 latents the innermost stage and the mid, which they differ in, see "
+        "one place."
     )
     lines = [
         "# How close students come",
