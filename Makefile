@@ -17,15 +17,19 @@ help:
 	@echo "make check       lint, types, import contracts"
 	@echo "make bench       the measurements that the README quotes"
 
-.venv/.tool: pyproject.toml constraints.txt
+.venv/.python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.tool: pyproject.toml constraints.txt | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
 	touch $@
 
-.venv/.dev: .venv/.tool
+# The tool with what tests it, at once.
+.venv/.dev: pyproject.toml constraints.txt | .venv/.python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train,dev]"
-	touch $@
+	touch $@ .venv/.tool
 
 install: .venv/.tool
 

@@ -500,6 +500,15 @@ def test_pictures_beside_no_others_fill_the_line(tmp_path: Path, made: Make) -> 
     assert "alone" in read.words
 
 
+def test_who_drew_is_called_as_the_model(tmp_path: Path, made: Make) -> None:
+    student = generation("toy-bk_tiny")["model"]
+    folders = [draw(tmp_path / "pictures", model=student), draw(tmp_path / "toy", parameters=2000)]
+    told = {**coco("x", 10), "model": student}
+    text, _ = made(*folders, scores(tmp_path / "a.json", told, {"kid": 1.0}))
+    assert re.findall(r'<div class="head">([^<]*)</div>', text) == ["toy", "toy-bk_tiny (pictures)"]
+    assert ">toy-bk_tiny</th>" in tables(text)[0]  # whose pictures are folder toy-bk_tiny
+
+
 def test_equal_folder_names_stay_two_columns(tmp_path: Path, made: Make) -> None:
     one, two = draw(tmp_path / "1" / "im256"), draw(tmp_path / "2" / "im256")
     text, _ = made(one, two)

@@ -11,6 +11,7 @@ from unet_surgery.pages.page import Curves, Drawing, Scatter, Section
 from unet_surgery.pages.scatter import standalone_scatter
 from unet_surgery.picture.compose import lay_out
 from unet_surgery.picture.svg import to_svg
+from unet_surgery.results.formats import Generation
 from unet_surgery.results.grids import picture_sections
 from unet_surgery.results.plots import loss_sections, size_plots, time_plots
 from unet_surgery.results.read import Benched, Drawn, Finding, Run, Scored, Surgery
@@ -94,11 +95,17 @@ def distinct(names: Iterable[tuple[str, Hashable, str]]) -> list[str]:
 
 
 def _titles(drawn: Sequence[Drawn]) -> list[str]:
-    return distinct((found.name, found.root, found.generation.model.name) for found in drawn)
+    return distinct((_called(found.name, found.generation), found.root, "") for found in drawn)
+
+
+def _called(folder: str, generation: Generation | None) -> str:
+    """Return how a page calls who drew a folder's pictures: as bench and plan do, with the folder where it differs."""
+    model = None if generation is None else generation.model.name
+    return folder if model in (None, folder) else f"{model} ({folder})"
 
 
 def _model_names(scored: Sequence[Scored]) -> list[str]:
-    """Name each scored model by its pictures' folder, so that several files of scores of one meet in one row."""
+    """Name each scored model, and its pictures' folder, so that several files of scores of one meet in one row."""
     named = []
     for found in scored:
         images = found.scores.images
@@ -106,7 +113,7 @@ def _model_names(scored: Sequence[Scored]) -> list[str]:
         thing: Hashable = (images.folder, None)
         if generation is not None:
             thing = (images.folder, generation.model.sha256 or generation.model.name)
-        named.append((images.folder, thing, "" if generation is None else generation.model.name))
+        named.append((_called(images.folder, generation), thing, ""))
     return distinct(named)
 
 
