@@ -741,7 +741,7 @@ def test_wrong_models_are_refused_before_any_is_loaded(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(changed))
     cases: list[tuple[Any, type[SurgeryError], str]] = [
-        ("tiny-randmo", TeacherError, "no teacher"),
+        ("tiny-randmo", TeacherError, "no model"),
         (tmp_path / "other", ConfigError, "not a conditional U-Net"),
         (tmp_path / "bare", UsageError, "no weights"),
         (plan, UsageError, "no weights"),
