@@ -61,7 +61,7 @@ class Job:
         if given[0] is not None and height != width:
             raise UsageError("pictures to start from become squares", hint="give one --size")
         scheduler = make_scheduler(drawer.parts.scheduler_config, protocol.scheduler)
-        check_steps(make_scheduler(drawer.parts.scheduler_config, protocol.scheduler), protocol.steps)
+        check_steps(scheduler, protocol.steps)
         if request.seeding == "stream" and draws_noise(scheduler):
             raise UsageError(
                 "one stream of noise is for samplers that draw none between steps",

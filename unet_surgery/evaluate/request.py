@@ -108,7 +108,6 @@ def plan_protocol(request: GenerateRequest) -> Protocol:
     """
     preset = None if request.preset is None else find_preset(request.preset)
     _check_numbers(request)
-    _check_sizes(request)
     steps = _or(request.steps, preset.steps if preset else 25)
     scheduler = _or(request.scheduler, preset.scheduler if preset else None)
     if scheduler is not None:
@@ -116,6 +115,8 @@ def plan_protocol(request: GenerateRequest) -> Protocol:
     kept = _pair(_or(request.resize, preset.resize if preset else None) or None)
     jpeg = _or(request.jpeg, preset.jpeg if preset else None) or None
     size = _pair(_or(request.size, preset.size if preset else None))
+    if size is not None and min(size) < 1:
+        raise UsageError("size is of sides of 1 pixel or more", found=f"{size[1]}×{size[0]}")
     strength = _strength(request, size)
     if strength is not None:
         strength_steps(steps, strength)
@@ -204,13 +205,6 @@ def _check_numbers(request: GenerateRequest) -> None:
     index, count = request.part
     if not 0 <= index < count:
         raise UsageError("there is no such part", expected=f"0 … {count - 1}", found=str(index))
-
-
-def _check_sizes(request: GenerateRequest) -> None:
-    for name, size in (("size", request.size), ("resize", request.resize or None)):
-        height, width = (1, 1) if size is None else (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1:
-            raise UsageError(f"{name} is of sides of 1 pixel or more", found=f"{width}×{height}")
 
 
 def _strength(request: GenerateRequest, size: tuple[int, int] | None) -> float | None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from unet_surgery.checkpoint import disk
 from unet_surgery.checkpoint.bundled import bundled_folder, bundled_names, is_shipped, make_bundled
+from unet_surgery.checkpoint.components import INDEX
 from unet_surgery.checkpoint.disk import Progress
+from unet_surgery.checkpoint.student import CONFIG
 from unet_surgery.checkpoint.teacher import LocalWeights
 from unet_surgery.errors import OutputBusyError, OutputError, TeacherError, printable
 from unet_surgery.hub.cache import cache_folder
@@ -26,7 +28,6 @@ __all__ = ["ResolvedTeacher", "Transfer", "check_teacher_name", "fetch_teacher",
 log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 600.0
-OF_A_MODEL = ("model_index.json", "config.json")
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_TEACHER = re.compile(rf"(?P<id>{_PART}/{_PART})(?P<inside>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[\w./-]+))?")
 _SITE = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/")
@@ -124,7 +125,7 @@ def local_path(text: str) -> Path | None:
     A folder that is called as a built-in teacher and holds no model is not meant: it may be of pictures that this drew.
     """
     path = Path(os.path.expanduser(text))
-    is_other = text in bundled_names() and not any((path / name).exists() for name in OF_A_MODEL)
+    is_other = text in bundled_names() and not any((path / name).exists() for name in (INDEX, CONFIG))
     return path if os.path.exists(path) and not is_other else None  # which does not mind a name too long to be one
 
 

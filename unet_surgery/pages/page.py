@@ -256,7 +256,7 @@ def _pictures(section: Pictures) -> list[str]:
         if count != len(section.prompts):
             raise ValueError(f"column {title!r} has {count} rows, and there are {len(section.prompts)} prompts")
     if len(section.columns) == 1 and not marks:
-        return _gallery(*section.columns.items(), prompts=section.prompts)
+        return _gallery(section)
     parts = [f'<div class="grid" style="--columns:{len(section.columns)}">', '<div class="prompt head"></div>']
     parts += [f'<div class="head">{markup(title)}</div>' for title in section.columns]
     for row, prompt in enumerate(section.prompts):
@@ -267,13 +267,13 @@ def _pictures(section: Pictures) -> list[str]:
     return [_scrolling([*parts, "</div>"], section.heading)]
 
 
-def _gallery(column: tuple[str, Sequence[Encoded] | NDArray[np.uint8]], *, prompts: Sequence[str]) -> list[str]:
-    """Return pictures that stand beside no others, each over its prompt, as many in a line as there is room for."""
-    title, pictures = column
+def _gallery(section: Pictures) -> list[str]:
+    """Return the one column's pictures, each over its prompt, as many in a line as there is room for."""
+    ((title, pictures),) = section.columns.items()
     cells = [
         f'<figure class="cell">{_image(picture, f"{title}: {prompt}")}'
         f'<figcaption class="prompt">{markup(prompt) or "(no words)"}</figcaption></figure>'
-        for picture, prompt in zip(pictures, prompts, strict=True)
+        for picture, prompt in zip(pictures, section.prompts, strict=True)
     ]
     return [f'<p class="head">{markup(title)}</p>', '<div class="gallery">', *cells, "</div>"]
 
