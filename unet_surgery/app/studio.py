@@ -71,7 +71,7 @@ class Studio:
     """Draws wishes one at a time, whoever asks: two at once would measure each other.
 
     All is drawn in one thread. OpenMP keeps a team of threads for each that ever called it, and where there are more of
-    them than cores none of them waits awake for the next operator: pictures of small networks took three times as long.
+    them than cores none of them waits awake for the next operator, which small networks are slower by.
     """
 
     def __init__(self, models: Models) -> None:
